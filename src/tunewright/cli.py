@@ -1,0 +1,240 @@
+"""The door: `tunewright VERB ...`. Words in, exit code out; every verb calls one function of the rooms below.
+
+People's text goes to stderr, results to stdout; `--json` prints exactly one JSON document there. Nothing heavy is
+imported until a verb needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tunewright
+from tunewright import find
+from tunewright.errors import Fault, RecipeError, TunewrightError
+
+RECIPE_HELP = "a recipe (YAML), or none and the keys below"
+KEYS_HELP = "section.key=value: sets or overrides a key, such as train.learning_rate=1e-4 or method=head"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 0
+    try:
+        return options.run(options)
+    except TunewrightError as error:
+        return _fail(error, options)
+    except KeyboardInterrupt:
+        _say("Interrupted. The same command continues from the last checkpoint.")
+        return 130
+    except BrokenPipeError:  # `tunewright ... | head` has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _fail(error: TunewrightError, options: argparse.Namespace) -> int:
+    if options.json:
+        print(json.dumps(error.as_dict(), ensure_ascii=False))
+    count = len(error.faults)
+    _say(f"{type(error).__name__}: {count} fault{'s' if count > 1 else ''}, nothing was trained." if count > 1 else "")
+    _say(error.text())
+    return error.exit_code
+
+
+def _say(text: str) -> None:
+    if text:
+        print(_printable(text), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """Without control characters: text from data must not steer a terminal."""
+    return "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "?" for c in text)
+
+
+# --------------------------------------------------------------------- parsing
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunewright",
+        description="Fine-tune any pre-trained model on your own data, and know whether it got better.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"tunewright {tunewright.__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    def verb(name: str, run: Any, help: str, recipe: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+        if recipe:
+            sub.add_argument("recipe", nargs="?", metavar="RECIPE.yaml", help=RECIPE_HELP)
+            sub.add_argument("keys", nargs="*", metavar="key=value", help=KEYS_HELP)
+        sub.set_defaults(run=run)
+        return sub
+
+    verb("check", _check, "find every fault of recipe and data before training, and show what will be trained on", True)
+    train = verb("train", _train, "train, measure base against tuned, write the report; continues a killed run", True)
+    train.add_argument("--again", action="store_true", help="train anew in a fresh folder beside a finished run")
+    evaluate = verb("evaluate", _evaluate, "show a run's evidence, or score base and tuned on another file")
+    evaluate.add_argument("folder", metavar="RUN")
+    evaluate.add_argument("file", nargs="?", metavar="FILE", help="rows with labels; none: what the run measured")
+    evaluate.add_argument("--base", help="where the base lies now, if it was moved")
+    predict = verb("predict", _predict, "ask a run's model: a text, a picture, a folder, or a file of rows")
+    predict.add_argument("folder", metavar="RUN")
+    predict.add_argument("input", metavar="INPUT", help="a text, a picture, a folder of pictures, a CSV or JSONL file")
+    predict.add_argument("-o", "--output", help="where the rows with answers go; default: beside a CSV, .predicted.csv")
+    predict.add_argument("--base", help="where the base lies now, if it was moved")
+    report = verb("report", _report, "write report.html and the model card of a run again")
+    report.add_argument("folder", metavar="RUN")
+    compare = verb("compare", _compare, "runs side by side on the same held-out rows")
+    compare.add_argument("folders", nargs="+", metavar="RUN")
+    demo = verb("demo", _demo, "a few minutes from nothing to a verdict: support tickets, two methods, two reports")
+    demo.add_argument("--out", default="runs/demo", help="folder for the runs (default: runs/demo)")
+    verb("tasks", lambda o: _list(o, "tasks"), "what can be learned")
+    verb("methods", lambda o: _list(o, "methods"), "how a model can be adapted")
+    return parser
+
+
+def _read_recipe(options: argparse.Namespace) -> tuple[Any, str | None]:
+    """The recipe and its output_dir. Without a file, the keys alone are the recipe."""
+    from tunewright.recipe import Recipe
+
+    given = [options.recipe, *options.keys] if options.recipe else []
+    if not given:
+        raise RecipeError(Fault("no recipe given", where="command line", remedy="tunewright check RECIPE.yaml"))
+    if "=" not in given[0] or Path(given[0]).exists():
+        return Recipe.read(given[0], given[1:])
+    return Recipe.from_keys(given)
+
+
+# ----------------------------------------------------------------------- verbs
+def _check(options: argparse.Namespace) -> int:
+    recipe, _ = _read_recipe(options)
+    from tunewright.runs.checking import check
+
+    found = check(recipe)
+    _result(options, found, _check_text(found))
+    return 0
+
+
+def _check_text(found: dict[str, Any]) -> str:
+    lines = []
+    for file in found["files"]:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in file["dropped"].items()) or "none dropped"
+        lines.append(
+            f"{file['file']} ({file['split']}): {file['rows_read']} rows read, {file['rows_kept']} kept; {dropped}."
+        )
+    lines.append("Rows: " + ", ".join(f"{n} {name}" for name, n in found["rows"].items()) + ".")
+    for split, counts in found.get("labels", {}).items():
+        if counts:
+            lines.append(f"Labels in {split}: " + ", ".join(f"{name} {n}" for name, n in counts.items()) + ".")
+    if "lengths" in found:
+        size, cut = found["lengths"], found["truncated"]
+        lines.append(
+            f"Lengths: {size['min']} to {size['max']} {size['unit']}, median {size['median']}, 95% to {size['p95']}; "
+            f"{cut['rows']} of {cut['of']} rows are cut."
+        )
+    lines += [*found["notes"], *found["settings"]]
+    share = 100 * found["trainable_parameters"] / found["total_parameters"]
+    lines.append(f"{found['trainable_parameters']:,} of {found['total_parameters']:,} numbers train ({share:.2g} %).")
+    lines.append(f"Row {found['example']['row']}, as the model sees it:\n    {found['example']['shown']}")
+    lines.append(found["test_can_show"])
+    return "\n".join(lines) + "\nNothing stands in the way of training."
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe, output_dir = _read_recipe(options)
+    from tunewright.runs.training import train
+
+    out = Path(output_dir or f"runs/{recipe.digest()}")
+    run = train(recipe, out, again=options.again, say=_say)
+    evidence = run.read_json("evidence.json")
+    short = {
+        "run": str(run.path),
+        "verdict": evidence["verdict"],
+        "measures": evidence["measures"],
+        "cost": evidence["cost"],
+    }
+    _result(options, short | {"report": str(run.path / "report.html")}, str(run.path))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from tunewright.rundir import RunDir
+
+    run = RunDir.open(options.folder)
+    if options.file is None:
+        if not run.finished:
+            from tunewright.errors import RunError
+
+            raise RunError(Fault("not finished, so nothing was measured", where=str(run.path)))
+        evidence = run.read_json("evidence.json")
+    else:
+        from tunewright.runs.evaluation import evaluate_file
+
+        evidence = evaluate_file(run.path, Path(options.file), options.base)
+    lines = [evidence["verdict"]["sentence"], f"Before: {evidence['baseline']['text']}."]
+    for m in evidence["measures"]:
+        low, high = m["ci95"]
+        change = f"{m['difference']:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
+        lines.append(f"{m['name']:<12} before {m['base']:.4f}  after {m['tuned']:.4f}  {change}")
+    _result(options, evidence, "\n".join(lines))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from tunewright.runs.answering import answer
+
+    answers, written = answer(Path(options.folder), options.input, options.base, options.output)
+    if written and not options.json:
+        _say(f"{len(answers)} rows with their answers: {written}")
+        return 0
+    text = "\n".join(f"{a['row']}\t{a['label']}\t{a['score']:.3f}" if "label" in a else json.dumps(a) for a in answers)
+    _result(options, answers, text)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from tunewright.rundir import RunDir
+    from tunewright.runs.report.card import write_card
+    from tunewright.runs.report.page import write_report
+
+    run = RunDir.open(options.folder)
+    page, card = write_report(run.path), write_card(run.path)
+    _result(options, {"report": str(page), "card": str(card)}, f"{page}\n{card}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from tunewright.uses.comparison import as_text, compare
+
+    table = compare([Path(folder) for folder in options.folders])
+    _result(options, table, as_text(table))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from tunewright.uses.demo import demo
+
+    found = demo(Path(options.out), say=_say)
+    _result(options, found, found["text"])
+    return 0
+
+
+def _list(options: argparse.Namespace, folder: str) -> int:
+    entries = [{"name": name, "summary": find.summary(folder, name)} for name in find.names(folder)]
+    _result(options, entries, "\n".join(f"{e['name']:<24} {e['summary']}" for e in entries))
+    return 0
+
+
+def _result(options: argparse.Namespace, value: Any, text: str) -> None:
+    print(json.dumps(value, ensure_ascii=False) if options.json else _printable(text))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Examples, and the batches of each optimiser step as a pure function of (seed, epoch, step).
+
+Knows nothing of tasks: takes their `encode`, `augment` and `collate`. A resumed run asks for step 137 and gets it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunewright.contracts import Batch, Example, Record
+
+MEMORY = 2 << 30  # bytes of encoded examples kept; beyond that they are encoded again when needed
+
+
+class Examples(Sequence[Example]):
+    """Encoded records, made when first asked for and kept while they fit in memory."""
+
+    def __init__(self, records: Sequence[Record], encode: Callable[[Record], Example], memory: int = MEMORY) -> None:
+        self.records = records
+        self._encode = encode
+        self._kept: dict[int, Example] = {}
+        self._room = memory
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index in self._kept:
+            return self._kept[index]
+        example = self._encode(self.records[index])
+        size = sum(v.numel() * v.element_size() for v in example.values() if isinstance(v, Tensor))
+        if size <= self._room:
+            self._kept[index] = example
+            self._room -= size
+        return example
+
+
+class Steps(Sequence[list[Batch]]):
+    """`steps[i]`: the micro-batches of optimiser step i. The same whatever came before it."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        collate: Callable[[Sequence[Example]], Batch],
+        augment: Callable[[Example, torch.Generator], Example],
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        epochs: float,
+        max_steps: int | None,
+    ) -> None:
+        self.examples, self._collate, self._augment = examples, collate, augment
+        self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation
+        self.per_epoch = math.ceil(len(examples) / self._rows)
+        self._total = max_steps or max(1, round(epochs * self.per_epoch))
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __len__(self) -> int:
+        return self._total
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        return step / self.per_epoch
+
+    def __getitem__(self, step: Any) -> Any:
+        epoch, place = divmod(step, self.per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.examples)))
+        chosen = self._order[1][place * self._rows : (place + 1) * self._rows]
+        examples = [self._augment(e, self._generator(epoch, e["row"])) for e in (self.examples[int(i)] for i in chosen)]
+        return [self._collate(examples[i : i + self.batch_size]) for i in range(0, len(examples), self.batch_size)]
+
+    def _generator(self, epoch: int, row: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._seed, epoch, row))
+
+    def once_over(self) -> Iterator[Batch]:
+        """Every row once, in the order of the data, without augmentation."""
+        for start in range(0, len(self.examples), self.batch_size):
+            stop = min(start + self.batch_size, len(self.examples))
+            yield self._collate([self.examples[i] for i in range(start, stop)])
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed that depends on all parts, the same on every machine (Python's own hash is not)."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:7], "little")

@@ -1,0 +1,117 @@
+"""Which column of the user's is which field of the task. Knows names and shapes, never a value's content.
+
+The recipe's word comes first, then the exact name, the name in other case, the names people use, and last a guess by
+shape where only one column can be meant. A name that is nearly right is never guessed: it is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tunewright.data.raw import Table, natural, shown
+from tunewright.errors import Fault, nearest
+
+if TYPE_CHECKING:
+    from tunewright.contracts import Field
+
+MANY_CLASSES = 50  # past this, and with more than half of the rows each its own: no label
+LOOKED_AT = 1000  # rows whose values decide the shape
+
+
+def match(
+    table: Table, name: str, fields: Mapping[str, Field], given: Mapping[str, str]
+) -> tuple[dict[str, str], list[str], list[Fault]]:
+    """(task field -> column, notes on all that is not the exact name, faults)."""
+    found: dict[str, str] = {}
+    notes: list[str] = []
+    faults = [_no_field(key, fields) for key in given if key not in fields]
+    for key in fields:
+        if key in given and given[key] in table.columns:
+            found[key] = given[key]
+        elif key in given:
+            faults.append(_no_column(key, given[key], table, name))
+        elif column := _by_name(key, fields[key].aliases, table.columns):
+            found[key] = column
+            notes += [] if column == key else [f'column "{column}" is read as {key}']
+    lost = [key for key in fields if key not in found and key not in given]
+    if lost and table.doubt:
+        return found, notes, [*faults, table.doubt]
+    for key in lost:
+        left = [column for column in table.columns if column not in found.values()]
+        column = _by_shape(key, fields[key].kind, left, table) if len(lost) == 1 else ""
+        if column:
+            found[key] = column
+            notes.append(f'column "{column}" is read as {key}, as no other can be meant (or set data.columns.{key})')
+        else:
+            faults.append(_missing(key, left, table, name))
+    return found, notes, faults
+
+
+def _by_name(key: str, aliases: Sequence[str], columns: Sequence[str]) -> str:
+    if key in columns:
+        return key
+    folded = {column.casefold(): column for column in reversed(columns)}
+    return next((folded[name.casefold()] for name in (key, *aliases) if name.casefold() in folded), "")
+
+
+def _by_shape(key: str, kind: str, left: Sequence[str], table: Table) -> str:
+    """The one column left whose values could be this field; "" if there are none or several."""
+    if nearest(key, left):
+        return ""
+    rows = table.rows[:LOOKED_AT]
+    fitting = [column for column in left if SHAPES[kind]([row.values.get(column) for row in rows])]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _like_text(values: Sequence[Any]) -> bool:
+    words = [len(value.split()) for value in values if isinstance(value, str)]
+    return len(words) == len(values) > 0 and sum(words) > 2 * len(words)
+
+
+def _like_label(values: Sequence[Any]) -> bool:
+    scalar = all(isinstance(value, (str, int)) for value in values)
+    return scalar and 1 < len(set(values)) <= max(2, min(MANY_CLASSES, len(values) // 2))
+
+
+def _like_image(values: Sequence[Any]) -> bool:
+    endings = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+    return len(values) > 0 and all(isinstance(value, str) and value.lower().endswith(endings) for value in values)
+
+
+SHAPES: dict[str, Callable[[Sequence[Any]], bool]] = {"text": _like_text, "label": _like_label, "image": _like_image}
+
+
+def _no_field(key: str, fields: Mapping[str, Field]) -> Fault:
+    known = list(fields)
+    return Fault(
+        f'the task has no field "{key}"',
+        where=f"data.columns.{key}",
+        expected=f"one of {', '.join(known)}",
+        remedy=nearest(key, known),
+    )
+
+
+def _no_column(key: str, column: str, table: Table, name: str) -> Fault:
+    near = nearest(column, table.columns)
+    return Fault(
+        f'there is no column "{column}"',
+        where=name,
+        field=key,
+        expected=f"the column that data.columns.{key} names",
+        got=f"the columns {shown(table.columns, 30)}",
+        remedy=f"{near} Set data.columns.{key}={near.split(chr(34))[1]}" if near else f"Set data.columns.{key}.",
+    )
+
+
+def _missing(key: str, left: Sequence[str], table: Table, name: str) -> Fault:
+    near = nearest(key, left)
+    column = near.split('"')[1] if near else "the-right-column"
+    return Fault(
+        f"no column is the {key}",
+        where=name,
+        field=key,
+        expected=f'a column "{key}"',
+        got=f"the columns {shown(sorted(table.columns, key=natural), 30)}",
+        remedy=f"{near or 'Which one is it?'} Map it: data.columns.{key}={column}",
+    )

@@ -1,0 +1,193 @@
+"""One given file or folder on its way from path to checked records.
+
+Finds the reader by file name in data/readers, maps the columns, checks each value. Knows no other source: what holds
+between them (copies, labels, splits) is records.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunewright import find
+from tunewright.data import inspection
+from tunewright.data.columns import match
+from tunewright.data.raw import RawRow, Table, shown
+from tunewright.errors import Fault, nearest
+
+if TYPE_CHECKING:
+    from tunewright.contracts import Field, Record
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Source:
+    """One given file or folder on its way from table to records."""
+
+    split: str  # the recipe's key it was given under
+    path: Path
+    format: str
+    table: Table
+    columns: dict[str, str] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)  # that stop in any case
+    bad: dict[str, list[Fault]] = field(default_factory=dict)  # rows that cannot be used, by id
+    notes: list[str] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    groups: dict[str, str] = field(default_factory=dict)  # row id -> group
+    splits: dict[str, str] = field(default_factory=dict)  # row id -> split
+    partial: list[Record] = field(default_factory=list)  # bad rows with the fields that are right
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def num_read(self) -> int:
+        return len(self.table.rows) + len(self.table.broken)
+
+    def drop(self, rows: Sequence[Record], reason: str) -> None:
+        """Take rows out and count them."""
+        gone = {record["row"] for record in rows}
+        self.records = [record for record in self.records if record["row"] not in gone]
+        self.dropped[reason] += len(gone)
+
+
+def open_source(split_name: str, place: str, format: str | None) -> Source:
+    path = Path(place)
+    where = f"data.{split_name}" if split_name in SPLITS else split_name
+    source = Source(split_name, path, format or "", Table(root=path.parent))
+    if not path.exists():
+        source.faults.append(_missing(where, place, path))
+        return source
+    source.format, fault = _format(path, format, where)
+    if fault:
+        source.faults.append(fault)
+        return source
+    module = importlib.import_module(f"tunewright.data.readers.{source.format.replace('-', '_')}")
+    source.table = module.read(path)
+    source.notes += source.table.notes
+    source.faults += source.table.faults
+    return source
+
+
+def _format(path: Path, format: str | None, where: str) -> tuple[str, Fault | None]:
+    """The reader's name: the recipe's word, or the one that lists the suffix ("/" is a folder's)."""
+    known = find.names("data/readers")
+    if format:
+        unknown = Fault(
+            f'unknown format "{format}"',
+            where="data.format",
+            expected=f"one of {', '.join(known)}",
+            remedy=nearest(format, known),
+        )
+        return format, None if format.replace("_", "-") in known else unknown
+    suffix = "/" if path.is_dir() else path.suffix.lower()
+    offers = {name: _suffixes(name) for name in known}
+    name = next((name for name, suffixes in offers.items() if suffix in suffixes), "")
+    readable = ", ".join(s for suffixes in offers.values() for s in suffixes if s != "/")
+    return name, None if name else Fault(
+        f'no reader knows the suffix "{suffix}"',
+        where=where,
+        expected=f"a folder, or a file ending in {readable}",
+        got=path.name,
+        remedy=f"Save it in one of these, or name what it is: data.format={known[-1]}",
+    )
+
+
+def _suffixes(name: str) -> tuple[str, ...]:
+    return importlib.import_module(f"tunewright.data.readers.{name.replace('-', '_')}").SUFFIXES
+
+
+def _missing(where: str, place: str, path: Path) -> Fault:
+    folder = path.resolve().parent
+    while not folder.is_dir():
+        folder = folder.parent
+    here = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    resolved = f", that is {path.resolve()}" if str(path.resolve()) != place else ""
+    contents = f"In {folder} there is {shown(here)}." if here else f"{folder} is empty."
+    remedy = f"{nearest(path.name, here)} {contents}".strip()
+    return Fault("no such file or folder", where, got=f"{place}{resolved}", remedy=remedy)
+
+
+def name_apart(sources: Sequence[Source]) -> None:
+    """Row ids of one run are unique: sources that share a name, and folders, say which split they were given for."""
+    ids = [source.name if not source.path.is_dir() else "/" for source in sources]
+    for source, own in zip(sources, ids, strict=True):
+        if ids.count(own) == 1:
+            continue
+        same_name = [other.name for other in sources].count(source.name) > 1
+
+        def place(where: str, prefix: str = f"{source.split}/" if same_name else "") -> str:
+            return f"{prefix}{where}"
+
+        table = source.table
+        table.rows = [replace(r, row=f"{source.split}/{r.row}", where=place(r.where)) for r in table.rows]
+        table.broken = {f"{source.split}/{k}": replace(f, where=place(f.where)) for k, f in table.broken.items()}
+        source.faults = [replace(f, where=place(f.where)) if f in table.faults else f for f in source.faults]
+
+
+def read_rows(source: Source, fields: Mapping[str, Field], given: Mapping[str, str], group: str | None) -> None:
+    """Map the columns, check every value, and keep what is right in `records`."""
+    table = source.table
+    source.bad = {row: [fault] for row, fault in table.broken.items()}
+    if not table.columns or (table.faults and not table.rows):
+        return
+    source.columns, notes, faults = match(table, source.name, fields, given)
+    source.notes += notes
+    source.faults += faults
+    if group and group not in table.columns:
+        source.faults.append(_no_group(group, table, source.name))
+    used = set(source.columns.values())
+    if unused := [column for column in table.columns if column not in used and column != group]:
+        source.notes.append(f"columns not used: {shown(unused, 12)}")
+    remarks: inspection.Remarks = Counter()
+    for row in table.rows:
+        values, found = inspection.check_row(row, source.columns, fields, table.root, remarks)
+        source.splits[row.row] = row.split or source.split
+        if found:
+            source.bad[row.row] = found
+            source.partial.append({**values, "row": row.row})
+            continue
+        extra = {column: value for column, value in row.values.items() if column not in used}
+        source.records.append({**values, "row": row.row, "where": row.where, "extra": extra})
+        source.groups[row.row] = _group_of(row, group)
+    source.notes += inspection.remark_notes(remarks)
+
+
+def _group_of(row: RawRow, group: str | None) -> str:
+    value = row.values.get(group) if group else None
+    return "" if value is None else str(value).strip()
+
+
+def _no_group(group: str, table: Table, name: str) -> Fault:
+    got, remedy = f"the columns {shown(table.columns, 30)}", nearest(group, table.columns)
+    return Fault(f'there is no column "{group}" to group by', name, "data.group", got=got, remedy=remedy)
+
+
+def file_facts(source: Source) -> dict[str, Any]:
+    return {
+        "file": source.name,
+        "split": "+".join(s for s in SPLITS if s in {source.splits[r["row"]] for r in source.records}) or source.split,
+        "format": source.format,
+        "sha256": fingerprint(source.path),
+        "rows_read": source.num_read,
+        "rows_kept": len(source.records),
+        "dropped": dict(source.dropped),
+    }
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of its sorted list of paths and their SHA-256."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    lines = "".join(f"{p.relative_to(path).as_posix()} {fingerprint(p)}\n" for p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,53 @@
+"""Predictions and per-row scores over rows, in float32 on a CPU. Knows tasks only as contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunewright.contracts import Example, Loaded, Prediction, Record, Task
+from tunewright.engine.distributed import to_device
+from tunewright.engine.precision import compute_in
+
+Show = Callable[[int], object]
+
+
+def predict_rows(
+    task: Task,
+    model: nn.Module,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    progress: Show | None = None,
+) -> list[Prediction]:
+    """One prediction per example, in their order, whatever the batch size.
+
+    Rows of like length share a batch, so that little is padded; padding is masked, so that it does not show.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: examples[i].get("length", 0))
+    answers: list[Prediction] = [{}] * len(examples)
+    model.eval()
+    with torch.inference_mode(), compute_in("bf16" if device.type == "cuda" else "float32", device):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = to_device(task.collate([examples[i] for i in chosen]), device)
+            for i, prediction in zip(chosen, task.predict(model, batch, loaded), strict=True):
+                answers[i] = prediction
+            if progress:
+                progress(len(chosen))
+    return answers
+
+
+def score_rows(task: Task, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
+    """The task's metrics of every row."""
+    return [task.score(p, r) for p, r in zip(predictions, records, strict=True)]
+
+
+def overall(task: Task, scores: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Each metric over all rows."""
+    return {m.name: m.overall([s[m.name] for s in scores]) for m in task.metrics if scores and m.name in scores[0]}

@@ -1,0 +1,248 @@
+"""The one training loop, and the only `.backward()` in the house. Knows tasks and methods only as contracts.
+
+Read `fit` top to bottom: apply -> resume or start -> per draw: prepare -> per step: counts, loss, backward, penalty,
+clip, step -> schedule, advance, log, evaluate, save -> the best or the last weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tunewright.contracts import Batch, Callback, Loaded, Method, Precision, State, Task
+from tunewright.data.batches import Steps, derive_seed
+from tunewright.engine import checkpoint, optimizers, schedules
+from tunewright.engine.distributed import synchronize, to_device
+from tunewright.engine.precision import compute_in
+from tunewright.errors import Fault, TrainError
+from tunewright.models.surgery import set_mode
+from tunewright.recipe import TrainSpec
+from tunewright.rundir import RunDir
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where and how the arithmetic is done; chosen once and kept on resume."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "float32"
+
+
+def fit(
+    task: Task,
+    method: Method,
+    loaded: Loaded,
+    steps: Steps,
+    train: TrainSpec,
+    run: RunDir,
+    *,
+    digest: str,
+    workplace: Workplace | None = None,
+    evaluate: Evaluate | None = None,
+    callbacks: Sequence[Callback] = (),
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[State, nn.Module]:
+    """Train until the planned steps are done or a callback gives a reason to stop.
+
+    Resuming gives the same numbers as never having stopped. Raises TrainError naming step and rows if the loss or the
+    gradient is not finite; that step is not taken, and the last checkpoint stands.
+    """
+    place = workplace or Workplace()
+    torch.manual_seed(derive_seed(seed, "apply"))  # new adapters are drawn here; a resumed run overwrites them
+    before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
+    model = method.apply(loaded.model, loaded).to(place.device)
+    state = State(total=len(steps))
+    found, skipped = checkpoint.latest(run, digest)
+    for sentence in skipped:
+        say(sentence)
+    if found is None and (solved := method.start(model, task, loaded, steps.once_over())):
+        return State(stop=solved), model
+
+    rate = train.learning_rate if train.learning_rate is not None else method.learning_rate
+    warmup = schedules.warmup_count(train.warmup_steps, len(steps))
+    if found is not None:
+        state = checkpoint.load(found)[0]
+        method.advance(model, loaded, state.step / state.total)
+    optimizer = optimizers.build(train.optim, method.groups(model, loaded, rate, train.weight_decay))
+    if found is not None:
+        restore(model, optimizer, found)
+        say(f"Continuing after step {state.step} of {state.total} (checkpoint {found.name}).")
+    if train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    for callback in callbacks:
+        callback.on_start(state, model)
+
+    try:
+        while state.step < state.total and not state.stop:
+            began = time.perf_counter()
+            drawn = [to_device(batch, place.device) for batch in steps[state.step]]
+            rng = torch.Generator().manual_seed(derive_seed(seed, state.step, "prepare"))
+            with torch.no_grad():
+                model.eval()
+                todo = task.prepare(model, lambda: method.reference(model, before), drawn, loaded, rng)
+            set_mode(model, dropout=task.dropout, train_batch_norm=train.train_batch_norm)
+            for micro_batches in todo:
+                factor = schedules.factor(train.lr_scheduler_type, state.step, state.total, warmup)
+                now = optimizers.set_rate(optimizer, factor)
+                logs = accumulate(task, method, model, loaded, micro_batches, place, (seed, state.step))
+                logs |= {"learning_rate": now, "grad_norm": clip(model, train.max_grad_norm)}
+                stop_unless_finite(logs, state, micro_batches)
+                optimizer.step()
+                method.after_step(model)
+                optimizer.zero_grad(set_to_none=True)
+            synchronize(place.device)
+            state.step += 1
+            state.epoch = steps.epoch(state.step)
+            state.seen += logs.pop("items")
+            state.seconds += time.perf_counter() - began
+            logs["seconds"] = round(state.seconds, 3)
+            if method.advance(model, loaded, state.step / state.total):
+                optimizer = extended(optimizer, train, method, model, loaded, rate)
+            for callback in callbacks:
+                callback.on_step(state, logs)
+            last = state.step == state.total
+            is_best = False
+            if evaluate and (state.step % train.eval_steps == 0 or last):
+                is_best = judge(task, state, evaluate(model), train, callbacks)
+            if (
+                state.step % train.save_steps == 0
+                or (is_best and train.early_stopping_patience)
+                or (last or state.stop)
+            ):
+                save(run, state, digest, method, model, optimizer, train)
+    except BaseException as error:
+        for callback in callbacks:
+            callback.on_error(state, error)
+        raise
+    if train.early_stopping_patience and state.best_step is not None and state.best_step != state.step:
+        _, tensors, _ = checkpoint.load(checkpoint.at_step(run, state.best_step))
+        put_back(model, tensors["model"])
+        say(f"The weights of step {state.best_step} are kept: the best on validation.")
+    for callback in callbacks:
+        callback.on_end(state, model)
+    return state, model
+
+
+def accumulate(
+    task: Task,
+    method: Method,
+    model: nn.Module,
+    loaded: Loaded,
+    micro_batches: Sequence[Batch],
+    place: Workplace,
+    key: tuple[int, int],
+) -> dict[str, float]:
+    """Gradients of one whole step. Counts come first, so that how the step is cut up never changes the update."""
+    counts: dict[str, float] = {}
+    for batch in micro_batches:
+        for term, count in task.weights(batch).items():
+            counts[term] = counts.get(term, 0.0) + count
+    empty = [term for term, count in counts.items() if count <= 0]
+    if empty:
+        raise TrainError(Fault(f"nothing to learn from: {', '.join(empty)} counts no item", where=f"step {key[1] + 1}"))
+    total = 0.0
+    logs: dict[str, float] = {}
+    for i, batch in enumerate(micro_batches):
+        torch.manual_seed(derive_seed(*key, i))  # dropout depends on the step, not on what ran before it
+        with compute_in(place.precision, place.device):
+            loss = task.loss(model, batch, loaded)
+        share = torch.stack([value.float() / counts[term] for term, value in loss.totals.items()]).sum()
+        share.backward()
+        total += share.item()
+        for name, value in loss.logs.items():
+            logs[name] = logs.get(name, 0.0) + value / len(micro_batches)
+    penalty = method.penalty(model)
+    if penalty is not None:
+        penalty.backward()
+        logs["penalty"] = penalty.item()
+    return {"loss": total, "items": float(max(counts.values())), **logs}
+
+
+def clip(model: nn.Module, limit: float) -> float:
+    """The norm of all gradients together; scaled down to `limit` where it is larger (0: never)."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+
+
+def stop_unless_finite(logs: dict[str, float], state: State, micro_batches: Sequence[Batch]) -> None:
+    """NaN must never pass as success: elsewhere it is logged as 0.0 and the run exits 0 (RELIABILITY A6)."""
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
+    if bad:
+        rows = [row for batch in micro_batches for row in batch.get("row", [])]
+        raise TrainError(
+            Fault(
+                f"{' and '.join(bad)} not finite; the step was not taken and the last checkpoint stands",
+                where=f"step {state.step + 1} of {state.total}",
+                got=f"rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+                remedy="Lower train.learning_rate, or try train.precision=float32.",
+            )
+        )
+
+
+def judge(task: Task, state: State, scores: dict[str, float], train: TrainSpec, callbacks: Sequence[Callback]) -> bool:
+    """Note an evaluation; True if it is the best so far. Without a new best for long enough the run stops."""
+    metric = task.metrics[0]
+    value = scores[metric.name]
+    better = state.best is None or (value > state.best if metric.higher_is_better else value < state.best)
+    is_best = math.isfinite(value) and better
+    if is_best:
+        state.best, state.best_step, state.stale = value, state.step, 0
+    else:
+        state.stale += 1
+    if train.early_stopping_patience and state.stale >= train.early_stopping_patience:
+        state.stop = f"no better {metric.name} on validation for {state.stale} evaluations (best {state.best:.4f})"
+    for callback in callbacks:
+        callback.on_evaluate(state, {"split": "validation", **scores})  # type: ignore[dict-item]
+    return is_best
+
+
+# ------------------------------------------------------------------- saving, resuming
+def save(
+    run: RunDir,
+    state: State,
+    digest: str,
+    method: Method,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: TrainSpec,
+) -> None:
+    tensors = method.state(model)
+    if train.train_batch_norm:
+        tensors |= dict(model.named_buffers())
+    parts = {"model": tensors, "optimizer": optimizers.state_by_name(optimizer)}
+    checkpoint.save(run, state, digest, parts, {"rates": [g["initial_lr"] for g in optimizer.param_groups]})
+    checkpoint.rotate(run, train.save_total_limit, state.best_step if train.early_stopping_patience else None)
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: object) -> None:
+    _, tensors, _ = checkpoint.load(path)  # type: ignore[arg-type]
+    put_back(model, tensors["model"])
+    optimizers.load_state(optimizer, tensors["optimizer"])
+
+
+def put_back(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors to where their names say. A name that is not there is our error, and raises KeyError."""
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            places[name].copy_(value)
+
+
+def extended(
+    optimizer: torch.optim.Optimizer, train: TrainSpec, method: Method, model: nn.Module, loaded: Loaded, rate: float
+) -> torch.optim.Optimizer:
+    """The optimiser for a changed trainable set; what was already training keeps its moments."""
+    old = optimizers.state_by_name(optimizer)
+    new = optimizers.build(train.optim, method.groups(model, loaded, rate, train.weight_decay))
+    names = {name for group in new.param_groups for name in group["param_names"]}
+    optimizers.load_state(new, {k: v for k, v in old.items() if k.partition("::")[0] in names})
+    return new

@@ -1,0 +1,1 @@
+"""Which numbers may move: one file each."""

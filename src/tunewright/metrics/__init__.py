@@ -1,0 +1,1 @@
+"""Numbers about predictions, per row, and the statistics of their differences."""

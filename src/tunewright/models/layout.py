@@ -1,0 +1,66 @@
+"""Where a model's parts are: embedding, blocks, head. Found by structure, so that no family is named here.
+
+Knows torch modules and nothing of tasks or methods. What structure cannot tell would stand in a small table here.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tunewright.contracts import Layout
+
+
+def layout_of(model: nn.Module, head: str | None = None) -> Layout:
+    """The layout of any model. `head`: the top-level name of the last layer where the loader knows it."""
+    blocks = _blocks(model)
+    return Layout(blocks=blocks, embedding=_embedding(model), head=head or _head(model, blocks))
+
+
+def _blocks(model: nn.Module) -> tuple[str, ...]:
+    """Children of the outermost module lists that repeat: transformer layers, stages of a convolutional net."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if isinstance(module, nn.ModuleList) and len(module) >= 2 and not inside:
+            found += [f"{name}.{i}" for i in range(len(module))]
+    return tuple(found)
+
+
+def _embedding(model: nn.Module) -> str | None:
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    if not isinstance(table, nn.Embedding):
+        return None
+    return next(name for name, module in model.named_modules() if module is table)
+
+
+def _head(model: nn.Module, blocks: tuple[str, ...]) -> str | None:
+    """The top-level child that holds the last linear layer outside the blocks and outside the pre-trained body."""
+    body = getattr(model, "base_model_prefix", "")
+    last = None
+    for name, module in model.named_modules():
+        outside = not any(name.startswith(f"{block}.") for block in blocks) and name.partition(".")[0] != body
+        if isinstance(module, nn.Linear) and outside:
+            last = name.partition(".")[0]
+    return last
+
+
+def within(name: str, places: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the places or lies beneath one."""
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def linear_names(model: nn.Module, without: tuple[str, ...] = ()) -> list[str]:
+    """Every matrix product: linear layers, GPT-2's Conv1D, and convolutions that mix channels (groups = 1).
+
+    Depthwise convolutions are left out: a low-rank product has nothing to mix there, and peft cannot merge it.
+    """
+    names = []
+    for name, module in model.named_modules():
+        product = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        mixing = isinstance(module, nn.Conv2d) and module.groups == 1
+        if (product or mixing) and not within(name, without):
+            names.append(name)
+    return names

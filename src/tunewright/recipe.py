@@ -1,0 +1,464 @@
+"""A recipe: everything that decides the outcome of a run, as YAML or a Python object.
+
+Reads, expands short forms, translates the words of other tools, refuses what it does not know, and names where each
+value came from. Knows no task, method or model: their options are checked where they are built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tunewright.errors import Fault, RecipeError, nearest
+from tunewright.find import fits, spell
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    checkpoint: str  # a local folder or a hub id
+    revision: str | None = None  # pin it: an id without a revision can change under you
+    dtype: str | None = None  # storage of frozen weights; None: the checkpoint's on a GPU, float32 on a CPU
+    quantize: Literal["int8", "nf4"] | None = None  # the base only; this is how QLoRA is spelt
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    train: str  # a file or folder
+    validation: str | None = None
+    test: str | None = None
+    format: str | None = None  # a file in data/readers; None: by suffix
+    columns: dict[str, str] = field(default_factory=dict)  # task field -> the user's column
+    group: str | None = None  # column whose rows stay on one side of a split
+    holdout: float = 0.1  # share of train that becomes the test set where `test` is absent
+    on_bad_row: Literal["stop", "quarantine"] = "stop"
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Field names are those of transformers.TrainingArguments, so that nobody learns them twice."""
+
+    learning_rate: float | None = None  # None: the method's own recommendation, shown in the log
+    num_train_epochs: float = 3.0
+    max_steps: int | None = None  # optimiser steps; wins over epochs
+    per_device_train_batch_size: int = 8  # rows per device and micro-batch
+    gradient_accumulation_steps: int = 1
+    per_device_eval_batch_size: int = 32
+    optim: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: float = 0.03  # a count, or a share of all steps when below 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0 switches clipping off
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # of the forward pass; what trains is stored in float32
+    train_batch_norm: bool = False  # True: statistics move, and updates depend on how a step is cut
+    gradient_checkpointing: bool = False
+    save_steps: int = 200
+    save_total_limit: int = 2  # newest checkpoints kept; the best one is kept besides
+    eval_steps: int = 200
+    logging_steps: int = 10
+    early_stopping_patience: int | None = None  # evaluations without a new best; the best weights are then restored
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    margin: float = 0.02  # the smallest change of the first metric that matters to you; never derived from n
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A name and its options: `{name: lora, r: 8}` in YAML, or only the name."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the outcome of a run, and nothing that does not.
+
+    The output folder is an argument of `train`: two recipes with the same digest are the same experiment.
+    """
+
+    model: ModelSpec
+    task: Choice
+    data: DataSpec
+    method: Choice
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    seed: int = 0
+    came_from: dict[str, str] = field(default_factory=dict, compare=False)  # key -> why, where it is not the default
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str | None]:
+        """Read YAML, apply `train.learning_rate=1e-4` style overrides, check every key and value.
+
+        Relative data and model paths are looked for beside the recipe, then where the command was started.
+        Returns the recipe and its `output_dir`, None if it names none.
+        Raises RecipeError with all the faults found, not only the first.
+        """
+        path = Path(path)
+        tree = _parse(path)
+        sources = {key: path.name for key in _flat(tree)}
+        return cls._overridden(tree, overrides, sources, folder=path.parent, name=path.name)
+
+    @classmethod
+    def from_keys(cls, keys: Sequence[str]) -> tuple[Recipe, str | None]:
+        """A recipe from `key=value` alone, as the command line takes it without a file."""
+        return cls._overridden({}, keys, {}, folder=Path(), name="command line")
+
+    @classmethod
+    def _overridden(
+        cls, tree: dict[str, Any], overrides: Sequence[str], sources: dict[str, str], folder: Path, name: str
+    ) -> tuple[Recipe, str | None]:
+        faults: list[Fault] = []
+        for text in overrides:
+            key, sign, value = text.partition("=")
+            if not sign or not key:
+                faults.append(Fault(f'"{text}" cannot be read', where="command line", expected="section.key=value"))
+                continue
+            _put(tree, key.strip().split("."), _scalar(value), faults)
+            sources[key.strip()] = "command line"
+        return cls.of(tree, sources=sources, folder=folder, faults=faults, name=name)
+
+    @classmethod
+    def of(
+        cls,
+        tree: Mapping[str, Any],
+        *,
+        sources: Mapping[str, str] | None = None,
+        folder: Path = Path(),
+        faults: Sequence[Fault] = (),
+        name: str = "recipe",
+    ) -> tuple[Recipe, str | None]:
+        """A recipe from nested mappings, as `read` does from a file."""
+        found = list(faults)
+        sources = dict(sources or {})
+        tree = _expand(_translate(json.loads(json.dumps(dict(tree), default=str)), sources, found))
+        output_dir = tree.pop("output_dir", None)
+        if output_dir is not None and not isinstance(output_dir, str):
+            found.append(Fault("wrong kind of value", where="output_dir", expected="a folder", got=repr(output_dir)))
+        recipe = _build(cls, tree, found)
+        if found or recipe is None:
+            raise RecipeError([dataclasses.replace(f, where=f"{name}: {f.where}") for f in found])
+        return dataclasses.replace(recipe.rooted(folder), came_from=sources), output_dir
+
+    def rooted(self, folder: Path) -> Recipe:
+        """Relative paths that exist beneath `folder` made absolute; hub ids stay as they are."""
+        data = {k: getattr(self.data, k) for k in ("train", "validation", "test")}
+        data = {k: str(_rooted(folder, v)) for k, v in data.items() if v is not None}
+        checkpoint = self.model.checkpoint
+        local = _rooted(folder, checkpoint)
+        if local.is_dir() or checkpoint.startswith((".", "/", "~")):
+            checkpoint = str(local)
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(self.data, **data),
+            model=dataclasses.replace(self.model, checkpoint=checkpoint),
+        )
+
+    def tree(self) -> dict[str, Any]:
+        """Nested plain values, every default spelt out; `of` gives back an equal recipe."""
+        tree = dataclasses.asdict(self)
+        tree.pop("came_from")
+        tree["task"] = {"name": self.task.name, **self.task.options}
+        tree["method"] = {"name": self.method.name, **self.method.options}
+        return json.loads(json.dumps(tree))
+
+    def write(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
+        """YAML with every default spelt out, and behind each value where it came from."""
+        notes = {**self.came_from, **(notes or {})}
+        path.write_text(_commented(self.tree(), notes), encoding="utf-8")
+
+    def digest(self) -> str:
+        """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""
+        tree = self.tree()
+        for key in ("train", "validation", "test"):
+            tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
+        if Path(tree["model"]["checkpoint"]).is_absolute():
+            tree["model"]["checkpoint"] = Path(tree["model"]["checkpoint"]).name
+        text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------- words of other tools
+# From the peers' own documents (TRL, Axolotl, LLaMA-Factory). What they became is reported.
+ALIASES = {
+    "model_name_or_path": "model.checkpoint",
+    "base_model": "model.checkpoint",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "finetuning_type": "method.name",
+    "val_size": "data.holdout",
+    "load_in_4bit": "model.quantize",
+    "load_in_8bit": "model.quantize",
+    "lora_r": "method.r",
+    "lora_rank": "method.r",
+    "lora_alpha": "method.lora_alpha",
+    "lora_dropout": "method.lora_dropout",
+    "lora_target": "method.target_modules",
+    "lora_target_modules": "method.target_modules",
+    "max_length": "task.max_length",
+    "max_seq_length": "task.max_length",
+    "cutoff_len": "task.max_length",
+    "sequence_len": "task.max_length",
+    "lr": "train.learning_rate",
+    "epochs": "train.num_train_epochs",
+    "num_epochs": "train.num_train_epochs",
+    "batch_size": "train.per_device_train_batch_size",
+    "micro_batch_size": "train.per_device_train_batch_size",
+    "train_batch_size": "train.per_device_train_batch_size",
+    "max_train_steps": "train.max_steps",
+    "optimizer": "train.optim",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "warmup_ratio": "train.warmup_steps",
+    "lr_warmup_steps": "train.warmup_steps",
+    "early_stopping_steps": "train.early_stopping_patience",
+    "activation_checkpointing": "train.gradient_checkpointing",
+}
+SHORT = {"model": "checkpoint", "data": "train", "task": "name", "method": "name"}  # `model: X` is {checkpoint: X}
+QUANTIZED = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
+
+
+def _translate(tree: dict[str, Any], sources: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
+    """Aliases and bare `train` keys at the top, or aliases inside `train`, moved to their own place."""
+    tree = _expand(tree)
+    own_sections = {f.name for f in dataclasses.fields(Recipe)} | {"output_dir"}
+    train_keys = {f.name for f in dataclasses.fields(TrainSpec)}
+    nests = [("", tree)] + [(f"{k}.", v) for k, v in tree.items() if k in own_sections and isinstance(v, dict)]
+    for prefix, nest in nests:
+        known = _section_fields(prefix.removesuffix("."))
+        for key in list(nest):
+            if (not prefix and key in own_sections) or (prefix and (key in known or key not in ALIASES)):
+                continue
+            target = ALIASES.get(key) or (f"train.{key}" if not prefix and key in train_keys else None)
+            if target is None or (prefix in ("task.", "method.") and target.startswith(prefix) is False):
+                continue
+            value = nest.pop(key)
+            if key in QUANTIZED:
+                value = QUANTIZED[key] if value else None
+            old = sources.pop(f"{prefix}{key}", "recipe")
+            sources[target] = f'{old}, written as "{prefix}{key}"'
+            _put(tree, target.split("."), value, faults, clash=f"{prefix}{key}")
+    return tree
+
+
+def _section_fields(section: str) -> set[str]:
+    kinds = {"model": ModelSpec, "data": DataSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
+    return {f.name for f in dataclasses.fields(kinds[section])} if section in kinds else set()
+
+
+def _expand(tree: dict[str, Any]) -> dict[str, Any]:
+    return {k: {SHORT[k]: v} if k in SHORT and isinstance(v, str) else v for k, v in tree.items()}
+
+
+# ------------------------------------------------------------------- checking
+REQUIRED = {"": ("model", "task", "data", "method"), "model": ("checkpoint",), "data": ("train",)}
+EXAMPLES = {"model": "model: a-folder-or-hub-id", "task": "task: text-classification", "data": "data: rows.csv"}
+EXAMPLES |= {"method": "method: lora"}
+
+
+def _build(cls: type, tree: Mapping[str, Any], faults: list[Fault]) -> Any:
+    """The recipe's object, or None with what is wrong in `faults`."""
+    sections: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls) if f.name != "came_from"]
+    for key in tree:
+        if key not in known:
+            everywhere = [*known, *(f.name for f in dataclasses.fields(TrainSpec)), *ALIASES, "output_dir"]
+            faults.append(
+                Fault(
+                    f'unknown key "{key}"',
+                    where=key,
+                    expected="one of " + ", ".join(known),
+                    remedy=nearest(key, everywhere),
+                )
+            )
+    for key in REQUIRED[""]:
+        if key not in tree:
+            faults.append(Fault("missing", where=key, remedy=f"Add a line such as `{EXAMPLES[key]}`."))
+    for key, value in tree.items():
+        kind = hints.get(key)
+        if kind is None or key not in known:
+            continue
+        if key == "seed":
+            if not fits(value, int) or not 0 <= value < 2**31:
+                faults.append(
+                    Fault("wrong value", where=key, expected="a whole number from 0 to 2^31", got=repr(value))
+                )
+            else:
+                sections[key] = value
+        elif not isinstance(value, Mapping):
+            faults.append(Fault("wrong kind of value", where=key, expected="a mapping (key: value)", got=repr(value)))
+        elif kind is Choice:
+            sections[key] = _choice(key, value, faults)
+        else:
+            sections[key] = _section(kind, key, value, faults)
+    return None if faults else cls(**sections)
+
+
+def _choice(key: str, value: Mapping[str, Any], faults: list[Fault]) -> Choice | None:
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        faults.append(Fault("missing", where=f"{key}.name", remedy=f"Add a line such as `{EXAMPLES[key]}`."))
+        return None
+    return Choice(name.strip(), {k: v for k, v in value.items() if k != "name"})
+
+
+def _section(kind: type, section: str, value: Mapping[str, Any], faults: list[Fault]) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    good = {}
+    for key, item in value.items():
+        where = f"{section}.{key}"
+        if key not in known:
+            remedy = nearest(key, known)
+            faults.append(
+                Fault(f'unknown key "{key}"', where=where, expected="one of " + ", ".join(known), remedy=remedy)
+            )
+            continue
+        item = _number(item, hints[key])
+        if not fits(item, hints[key]):
+            faults.append(Fault("wrong kind of value", where=where, expected=spell(hints[key]), got=repr(item)))
+        elif problem := _out_of_range(where, item):
+            faults.append(Fault("impossible value", where=where, expected=problem, got=repr(item)))
+        else:
+            good[key] = tuple(item) if isinstance(item, list) else item
+    for key in REQUIRED.get(section, ()):
+        if key not in value:
+            faults.append(Fault("missing", where=f"{section}.{key}"))
+    return kind(**good) if all(k in good for k in REQUIRED.get(section, ())) else None
+
+
+def _number(value: Any, hint: Any) -> Any:
+    """YAML 1.1 reads `2e-4` as text (no dot): what looks like a number where one is wanted is one."""
+    if isinstance(value, str) and not fits(value, hint) and fits(1.5, hint):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer() and fits(1, hint) and not fits(1.5, hint):
+        return int(value)
+    return value
+
+
+# key -> (in words, test). The rates are those between which fine-tuning has been seen to work (METHODS, sections 2, 9).
+RANGES: dict[str, tuple[str, Any]] = {
+    "train.learning_rate": ("a rate from 1e-7 to 1 (prompt tuning reaches 0.3)", lambda v: 1e-7 <= v <= 1),
+    "train.num_train_epochs": ("more than 0, at most 10000", lambda v: 0 < v <= 10000),
+    "train.max_steps": ("1 or more", lambda v: v >= 1),
+    "train.per_device_train_batch_size": ("1 or more", lambda v: v >= 1),
+    "train.per_device_eval_batch_size": ("1 or more", lambda v: v >= 1),
+    "train.gradient_accumulation_steps": ("1 or more", lambda v: v >= 1),
+    "train.warmup_steps": ("0 or more: a share below 1, a count from 1", lambda v: v >= 0),
+    "train.weight_decay": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "train.max_grad_norm": ("0 (off) or more", lambda v: v >= 0),
+    "train.save_steps": ("1 or more", lambda v: v >= 1),
+    "train.save_total_limit": ("2 or more: one may be damaged", lambda v: v >= 2),
+    "train.eval_steps": ("1 or more", lambda v: v >= 1),
+    "train.logging_steps": ("1 or more", lambda v: v >= 1),
+    "train.early_stopping_patience": ("1 or more", lambda v: v >= 1),
+    "data.holdout": ("more than 0 and less than 1", lambda v: 0 < v < 1),
+    "evaluate.margin": ("from 0 to 1 (0.02 is two points)", lambda v: 0 <= v < 1),
+}
+
+
+def _out_of_range(where: str, value: Any) -> str | None:
+    if value is None or where not in RANGES:
+        return None
+    words, test = RANGES[where]
+    return None if value == value and test(value) else words
+
+
+# --------------------------------------------------------------- YAML and paths
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f'key "{key}" stands twice', problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        here = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        remedy = nearest(path.name, here) or (f"Recipes here: {', '.join(here[:5])}." if here else "")
+        raise RecipeError(Fault("no such recipe file", where=str(path), remedy=remedy))
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(Fault(f"not valid YAML: {error.problem}", where=f"{path.name}{line}")) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(Fault(f"not a YAML file: {error}", where=path.name)) from error
+    if not isinstance(tree, dict):
+        raise RecipeError(Fault("empty, or not a mapping", where=path.name, expected="lines such as `model: folder`"))
+    return tree
+
+
+def _put(tree: dict[str, Any], path: list[str], value: Any, faults: list[Fault], clash: str = "") -> None:
+    *sections, last = path
+    for section in sections:
+        nest = tree.setdefault(section, {})
+        if isinstance(nest, str) and section in SHORT:
+            nest = tree[section] = {SHORT[section]: nest}
+        if not isinstance(nest, dict):
+            faults.append(Fault(f'"{section}" is no section', where=".".join(path)))
+            return
+        tree = nest
+    if clash and last in tree:
+        faults.append(Fault(f"given twice, the other time as {'.'.join(path)}", where=clash))
+    if last in SHORT and isinstance(tree.get(last), dict) and isinstance(value, str):
+        tree[last][SHORT[last]] = value  # `model=X` on the command line keeps the other model keys
+    else:
+        tree[last] = value
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _rooted(folder: Path, place: str) -> Path:
+    """Beside the recipe if it exists there, else from where the command was started."""
+    path = Path(place).expanduser()
+    beside = (folder / path).resolve()
+    return beside if beside.exists() else path.resolve()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
+    return keys
+
+
+def _commented(tree: Mapping[str, Any], notes: Mapping[str, str], prefix: str = "", indent: str = "") -> str:
+    lines = ""
+    for key, value in tree.items():
+        where = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            lines += f"{indent}{key}:\n{_commented(value, notes, f'{where}.', indent + '  ')}"
+            continue
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+        short = next((notes[s] for s in (where, prefix.removesuffix(".")) if s in notes and _main(where, s)), "default")
+        lines += f"{indent}{key}: {text}  # {short}\n"
+    return lines
+
+
+def _main(where: str, source: str) -> bool:
+    """`model: X` in the file is the source of `model.checkpoint`, not of the other model keys."""
+    return where == source or where == f"{source}.{SHORT.get(source)}"

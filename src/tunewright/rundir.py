@@ -1,0 +1,166 @@
+"""One folder per run: the folder is the record, there is no other database.
+
+Knows file names and how to write them so that they are whole or absent. Does not know what stands in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunewright.errors import Fault, RecipeError, RunError
+from tunewright.recipe import Recipe
+
+FINISHED = "README.md"  # written last: a run that has it is finished
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run's folder. Its files are listed in docs/the-run-folder.md."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunDir:
+        """Make the folder, or take an unfinished one of the same recipe.
+
+        Raises RunError naming the differences if it holds a run of another recipe, or files that are no run.
+        """
+        run = cls(path)
+        if path.is_file():
+            raise RunError(Fault("a file stands where the run folder should be", where=str(path)))
+        if (path / "recipe.yaml").is_file():
+            run._same_recipe(recipe)
+        elif path.is_dir() and any(path.iterdir()):
+            raise RunError(
+                Fault("the folder holds files that are no run", where=str(path), remedy="Choose another output_dir.")
+            )
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            run.write_text("recipe.yaml.tmp", "")
+            (path / "recipe.yaml.tmp").unlink()
+        except OSError as error:
+            raise RunError(Fault(f"the folder cannot be written: {error.strerror}", where=str(path))) from error
+        if not (path / "recipe.yaml").is_file():
+            recipe.write(path / "recipe.yaml")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDir:
+        """An existing run. Raises RunError if there is none."""
+        path = Path(path)
+        if not (path / "recipe.yaml").is_file():
+            near = sorted(p.parent.name for p in path.parent.glob("*/recipe.yaml")) if path.parent.is_dir() else []
+            remedy = f"Runs beside it: {', '.join(near)}." if near else "Give a folder that `tunewright train` made."
+            raise RunError(Fault("not a run folder (no recipe.yaml)", where=str(path), remedy=remedy))
+        return cls(path)
+
+    def _same_recipe(self, recipe: Recipe) -> None:
+        try:
+            old = self.recipe()
+        except RecipeError as error:
+            raise RunError(Fault(f"its recipe.yaml cannot be read ({error})", where=str(self.path))) from error
+        if old.digest() == recipe.digest():
+            return
+        before, after = _flat(old.tree()), _flat(recipe.tree())
+        keys = sorted(k for k in before | after if before.get(k) != after.get(k))
+        changes = ", ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in keys)
+        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        raise RunError(Fault(f"holds a run of another recipe ({changes})", where=str(self.path), remedy=remedy))
+
+    def recipe(self) -> Recipe:
+        return Recipe.read(self.path / "recipe.yaml")[0]
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / FINISHED).is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One writer at a time. The lock is the kernel's: a killed process leaves none behind."""
+        path = self.path / "run.lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise RunError(Fault(f"in use by {holder}", where=str(self.path))) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+            yield
+
+    # ---------------------------------------------------------------- small files
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one JSON line to `<name>.jsonl`."""
+        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def rewind(self, name: str, step: int) -> None:
+        """Forget the lines after a step: a resumed run writes them again. A line cut by a kill is forgotten too."""
+        path = self.path / f"{name}.jsonl"
+        if not path.is_file():
+            return
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        self.write_text(path.name, "".join(f"{line}\n" for line in kept))
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+    def write_text(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        path = self.path / name
+        beside = path.with_name(path.name + ".partial")
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def whole_folder(self, name: str) -> Iterator[Path]:
+        """A folder to fill; it takes its name, and replaces the old one, only when the block has ended well."""
+        beside = self.path / f"{name}.partial"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        yield beside
+        target = self.path / name
+        shutil.rmtree(target, ignore_errors=True)
+        beside.rename(target)
+
+
+def fresh_path(path: Path) -> Path:
+    """`runs/tickets` -> the first of `runs/tickets-2`, `-3` ... that does not exist."""
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}-{number}")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,1 @@
+"""Whole jobs built from runs: comparison, demo."""

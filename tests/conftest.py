@@ -1,0 +1,96 @@
+"""Shared ground of the tests: offline, tiny checkpoints, rows by field kind, ready recipes."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; set before transformers is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import csv
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+GOOD, BAD = ["good", "sun", "day"], ["bad", "rain", "night"]
+COLOURS = {"red": (220, 40, 40), "blue": (40, 40, 220)}
+
+
+def shared(path: str) -> Path:
+    """A file of the shared real data; the test is skipped, and says so, where there is none."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"real data not here: shared/{path}")
+    return found
+
+
+def write_text_rows(path: Path, n: int, seed: int = 0) -> Path:
+    """A CSV of n different rows: three words of one mood among letters; the label is the mood."""
+    rng = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(n):
+            label = ["bad", "good"][i % 2]
+            words = rng.sample(BAD if label == "bad" else GOOD, 2) + rng.sample("abcdefghijklmnop", rng.randint(2, 9))
+            rng.shuffle(words)
+            writer.writerow([" ".join(words), label])
+    return path
+
+
+def write_image_rows(folder: Path, n: int, seed: int = 0) -> Path:
+    """Class folders of n noisy 20 x 20 pictures, reddish and bluish."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        name = ["blue", "red"][i % 2]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.clip(np.array(COLOURS[name]) + rng.normal(0, 40, (20, 20, 3)), 0, 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+ROWS = {
+    "text": lambda where, n, seed=0: write_text_rows(where / "rows.csv", n, seed),
+    "image": lambda where, n, seed=0: write_image_rows(where / "rows", n, seed),
+}
+
+
+def tiny_tree(task_name: str, where: Path, *, n: int = 60, dropout: float = 0.0, **keys: Any) -> dict[str, Any]:
+    """A recipe's mapping for any task: a tiny checkpoint and rows, chosen by what the task says it needs."""
+    from tunewright import find
+    from tunewright.contracts import Task
+    from tunewright.models import tiny
+
+    where.mkdir(parents=True, exist_ok=True)
+    task = find.find("tasks", task_name, Task)
+    base = where / "base"
+    if not base.exists():
+        base.mkdir()
+        tiny.MAKERS[task.auto_class](base, dropout=dropout)
+    kind = next(field.kind for field in task.fields.values() if field.kind != "label")
+    rows = ROWS[kind](where, n)
+    return {
+        "model": str(base),
+        "task": task_name,
+        "data": {"train": str(rows), "holdout": 0.3},
+        "method": "full",
+    } | keys
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory):
+    """`tiny_recipe("text-classification", method="lora", train={...})` -> a Recipe on shared tiny files."""
+    from tunewright.recipe import Recipe
+
+    root = tmp_path_factory.mktemp("tiny")
+
+    def make(task_name: str = "text-classification", **keys: Any):
+        return Recipe.of(tiny_tree(task_name, root / task_name) | keys)[0]
+
+    return make
