@@ -122,6 +122,7 @@ def test_06_a_short_last_row_means_the_file_may_be_cut_off(tmp_path):
 def test_07_an_unclosed_quote_is_named_where_it_opens(tmp_path):
     text = faults(table(tmp_path / "d.csv", 'text,label\ngood,a\n"never closed,b\nmore,a\nand more,b\n'))
     says(text, "d.csv line 3", "never closed", "lines 3 to 5")
+    assert faults(tmp_path / "d.csv", on_bad_row="quarantine") == text, "it swallowed rows: leaving it out hides them"
 
 
 def test_07_a_closed_quote_over_several_lines_is_one_row_named_by_its_first_line(tmp_path):
@@ -181,7 +182,9 @@ def test_15_years_as_column_names_are_fine_where_the_needed_ones_are_there(tmp_p
 
 
 def test_a_header_repeated_by_joining_files_is_no_row(tmp_path):
-    says(faults(table(tmp_path / "d.csv", "text,label\n" + csv_rows() + "text,label\n")), "line 22", "repeats the header")
+    says(
+        faults(table(tmp_path / "d.csv", "text,label\n" + csv_rows() + "text,label\n")), "line 22", "repeats the header"
+    )
 
 
 # ------------------------------------------------------------------ JSON, 16 to 26
@@ -448,7 +451,7 @@ def test_46_a_known_other_name_is_taken_and_said(tmp_path):
 
 def test_46_a_misspelt_column_is_asked_about_never_guessed(tmp_path):
     text = faults(jsonl(tmp_path / "d.jsonl", [{"text": row["text"], "lable": row["label"]} for row in GOOD]))
-    says(text, "d.jsonl", 'field "label"', "lable, text", 'Did you mean "lable"?', "data.columns.label=lable")
+    says(text, "d.jsonl", 'field "label"', "text, lable", 'Did you mean "lable"?', "data.columns.label=lable")
 
 
 def test_46_a_mapped_column_that_is_not_there_is_named(tmp_path):
@@ -462,7 +465,7 @@ def test_46_a_mapped_field_that_the_task_does_not_have_is_named(tmp_path):
 
 def test_47_wrong_columns_show_those_that_are_there(tmp_path):
     text = faults(jsonl(tmp_path / "d.jsonl", [{"question": "why?", "answer": "so", "id": n} for n in range(20)]))
-    says(text, 'field "text"', 'field "label"', "answer, id, question", "data.columns.text=")
+    says(text, 'field "text"', 'field "label"', "question, answer, id", "data.columns.text=")
 
 
 # ------------------------------------------------------------- too little, 48 and 49

@@ -1,4 +1,4 @@
-"""The report room: a synthetic run folder in, a page and a card out that are honest, safe, small and the same each time."""
+"""The report room: a run folder in; a page and a card out that are honest, safe, small and the same each time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text_run(folder: Path, flips: int = 31, seed: int = 0) -> Path:
     examples = []
     for index in range(flips):
         truth, other = draw.sample(INTENTS, 2)
-        broken = index < flips / 3
+        broken = index < 10
         examples.append({
             "row": f"tickets.jsonl:{index * 7 + 3}", "kind": "broken" if broken else "fixed", "input": draw.choice(TICKETS),
             "truth": truth, "base": truth if broken else other, "tuned": other if broken else truth, "score": draw.uniform(0.4, 1),

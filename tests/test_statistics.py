@@ -46,14 +46,17 @@ def score_by_brute_force(fixed: int, broken: int, n: int, difference: float) -> 
     """Tango's statistic with the likelihood maximised over a grid: no quadratic, nothing shared with the module."""
     rate = np.linspace(max(0.0, -difference), (1 - difference) / 2, 400_001)[1:-1]
     log_likelihood = (
-        fixed * np.log(rate + difference) + broken * np.log(rate) + (n - fixed - broken) * np.log1p(-2 * rate - difference)
+        fixed * np.log(rate + difference)
+        + broken * np.log(rate)
+        + (n - fixed - broken) * np.log1p(-2 * rate - difference)
     )
     best = rate[log_likelihood.argmax()]
     return (fixed - broken - n * difference) / math.sqrt(n * (2 * best + difference - difference**2))
 
 
 @pytest.mark.parametrize(
-    ("fixed", "broken", "n"), [(1, 0, 20), (5, 2, 50), (12, 30, 100), (21, 62, 500), (3, 3, 7), (9, 1, 10), (0, 40, 900)]
+    ("fixed", "broken", "n"),
+    [(1, 0, 20), (5, 2, 50), (12, 30, 100), (21, 62, 500), (3, 3, 7), (9, 1, 10), (0, 40, 900)],
 )
 def test_both_ends_of_tango_solve_the_score_equation(fixed, broken, n):
     low, high = st.tango_interval(fixed, broken, n)
@@ -232,6 +235,11 @@ def test_bca_of_symmetric_data_is_the_t_interval():
     assert st.bca_interval(d, resamples=20_000) == pytest.approx(ci95, abs=0.03 * (ci95[1] - ci95[0]))
 
 
+def test_bca_halves_ties_so_that_symmetric_steps_stay_symmetric():
+    low, high = st.bca_interval([1] * 10 + [-1] * 10 + [0] * 40, resamples=20_000)
+    assert low == pytest.approx(-high, abs=0.01)  # one step of such a mean is 1/60
+
+
 def test_bca_reaches_further_to_the_long_tail():
     d = np.random.default_rng(3).exponential(size=60)
     low, high = st.bca_interval(d)
@@ -262,6 +270,13 @@ def test_drawn_sign_flips_agree_with_counting_them_all():
     d = np.random.default_rng(6).normal(0.3, 1, 15)
     signs = np.array(list(itertools.product((1, -1), repeat=15)))
     exact = float(np.mean(np.abs(signs @ d) >= abs(d.sum()) - 1e-9))
+    assert st.sign_flip_p(d) == pytest.approx(exact, abs=4 * math.sqrt(exact / 10_000))
+
+
+def test_drawn_sign_flips_count_ties():
+    """14 up, 6 down, all of one size: the sum reaches 8 where 14 or more signs agree, a binomial tail."""
+    exact = 2 * sum(math.comb(20, count) for count in range(14, 21)) / 2**20
+    d = [0.1 + 0.2] * 14 + [-0.3] * 6
     assert st.sign_flip_p(d) == pytest.approx(exact, abs=4 * math.sqrt(exact / 10_000))
 
 
@@ -363,7 +378,7 @@ def test_a_row_without_a_group_stands_alone():
         (np.zeros(90), np.arange(90) % 9 == 0, None, "Tango score interval, mid-p McNemar"),
         (np.zeros(90), (np.arange(90) % 9 == 0) * 0.3, None, "wider of BCa bootstrap and t"),
         (np.arange(60) / 60, np.cos(np.arange(60)), np.arange(60) // 5, "cluster t over 12 groups"),
-        (np.arange(60) / 60, np.cos(np.arange(60)), np.arange(60) // 2, "cluster bootstrap, sign flips by group over 30"),
+        (np.arange(60) / 60, np.cos(np.arange(60)), np.arange(60) // 2, "cluster bootstrap, sign flips by group"),
         (*rows(5, 2, 30), np.arange(30) // 3, "cluster t over 10 groups; at least Tango score interval"),
     ],
 )
@@ -490,9 +505,10 @@ def test_pool_over_groups_is_less_certain_when_groups_repeat_rows():
     labels = np.random.default_rng(18).random(30) < 0.4
     base = [(bool(label), bool(label) ^ (i % 3 == 0)) for i, label in enumerate(labels) for _ in range(5)]
     tuned = [(bool(label), bool(label) ^ (i % 5 == 0)) for i, label in enumerate(labels) for _ in range(5)]
-    plain = st.paired_pool(base, tuned, f1, resamples=300).ci95
-    grouped = st.paired_pool(base, tuned, f1, resamples=300, groups=[i // 5 for i in range(150)]).ci95
-    assert grouped[1] - grouped[0] > 1.6 * (plain[1] - plain[0])
+    plain = st.paired_pool(base, tuned, f1, resamples=300)
+    grouped = st.paired_pool(base, tuned, f1, resamples=300, groups=[i // 5 for i in range(150)])
+    assert grouped.ci95[1] - grouped.ci95[0] > 1.6 * (plain.ci95[1] - plain.ci95[0])
+    assert grouped.p > 1.5 * plain.p
 
 
 def test_pool_counts_draws_it_cannot_score_and_stops_when_they_are_most():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunewright.data.raw import Table, natural, shown
+from tunewright.data.raw import Table, shown
 from tunewright.errors import Fault, nearest
 
 if TYPE_CHECKING:
@@ -112,6 +112,6 @@ def _missing(key: str, left: Sequence[str], table: Table, name: str) -> Fault:
         where=name,
         field=key,
         expected=f'a column "{key}"',
-        got=f"the columns {shown(sorted(table.columns, key=natural), 30)}",
+        got=f"the columns {shown(table.columns, 30)}",
         remedy=f"{near or 'Which one is it?'} Map it: data.columns.{key}={column}",
     )

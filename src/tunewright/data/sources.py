@@ -89,7 +89,7 @@ def _format(path: Path, format: str | None, where: str) -> tuple[str, Fault | No
         )
         return format, None if format.replace("_", "-") in known else unknown
     suffix = "/" if path.is_dir() else path.suffix.lower()
-    offers = {name: _suffixes(name) for name in known}
+    offers = {name: suffixes(name) for name in known}
     name = next((name for name, suffixes in offers.items() if suffix in suffixes), "")
     readable = ", ".join(s for suffixes in offers.values() for s in suffixes if s != "/")
     return name, None if name else Fault(
@@ -101,7 +101,7 @@ def _format(path: Path, format: str | None, where: str) -> tuple[str, Fault | No
     )
 
 
-def _suffixes(name: str) -> tuple[str, ...]:
+def suffixes(name: str) -> tuple[str, ...]:
     return importlib.import_module(f"tunewright.data.readers.{name.replace('-', '_')}").SUFFIXES
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,12 @@ class Lora(Method):
             # a head that is not named here stays random, untrained and unsaved, without a word (RELIABILITY C33)
             modules_to_save=list(head) or None,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can mend
+            adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        # peft writes where the weights lay on this machine; the id as the user gave it means something elsewhere
         config.base_model_name_or_path = loaded.origin.get("checkpoint")
         config.revision = loaded.origin.get("revision") or None
-        adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
         train_in_float32(adapted)
         return adapted
 

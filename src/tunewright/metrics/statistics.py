@@ -174,8 +174,7 @@ def _tango_upper(fixed: float, broken: float, n: float, z: float) -> float:
         # the rate of broken rows most likely under this difference: larger root of 2n q^2 + b q + c
         b = (2 * n - fixed + broken) * middle - fixed - broken
         c = -broken * middle * (1 - middle)
-        root = math.sqrt(max(b * b - 8 * n * c, 0.0))
-        q = (root - b) / (4 * n) if b <= 0 else -2 * c / (root + b)  # the second form does not cancel
+        q = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
         variance = n * (2 * q + middle * (1 - middle))
         if fixed - broken - n * middle > -z * math.sqrt(max(variance, 0.0)):
             low = middle

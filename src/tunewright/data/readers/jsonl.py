@@ -67,7 +67,7 @@ def _read_list(table: Table, name: str, text: str) -> None:
         line, skipped = 1, len(text) - len(text.lstrip())
         if isinstance(error, json.JSONDecodeError):
             line = text.count("\n", 0, skipped + error.pos) + 1
-        cut = isinstance(error, json.JSONDecodeError) and error.pos >= len(text.strip()) - 1
+        cut = not text.rstrip().endswith("]")
         table.faults.append(_broken(f"{name} line {line}", text.split("\n")[line - 1], error, cut))
         return
     if not values:
@@ -98,11 +98,12 @@ def _single(name: str, body: str) -> Fault:
 
 
 def _broken(where: str, line: str, error: Exception, last: bool) -> Fault:
-    saw, got = str(error), short(line.strip())
+    saw, got = "nested too deeply" if isinstance(error, RecursionError) else str(error), short(line)
     if isinstance(error, json.JSONDecodeError):
-        saw = f"{error.msg} at character {error.colno}"
-    problem = "the text is no valid JSON" if isinstance(error, RecursionError) else f"the text is no valid JSON: {saw}"
+        saw = f"{error.msg} (character {error.colno})"
+        got = short(line[max(0, error.colno - 40) :]) if len(line) > 60 else got
     cut = "This is where the file ends: it may be cut off." if last else ""
+    problem = f"the text is no valid JSON: {saw}"
     return Fault(problem, where, expected=f"an object such as {EXAMPLE}", got=got, remedy=cut)
 
 

@@ -52,7 +52,9 @@ def _fill(table: Table, name: str, records: Iterator[Cut], header: list[str], de
     blank, wanted = 0, len(header)
     for first, last, cells in records:
         row, where = f"{name}:{first}", f"{name} line {first}"
-        if isinstance(cells, str):
+        if isinstance(cells, str) and last > first:  # nobody knows how many rows it swallowed: no quarantine
+            table.faults.append(_misquoted(where, first, last, cells, delimiter))
+        elif isinstance(cells, str):
             table.broken[row] = _misquoted(where, first, last, cells, delimiter)
         elif not any(cell.strip() for cell in cells):
             blank += 1
