@@ -28,14 +28,14 @@ def shared(path: str) -> Path:
 
 
 def write_text_rows(path: Path, n: int, seed: int = 0) -> Path:
-    """A CSV of n different rows: three words of one mood among letters; the label is the mood."""
+    """A CSV of n different rows: five words of one mood among letters; the label is the mood."""
     rng = random.Random(seed)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for i in range(n):
             label = ["bad", "good"][i % 2]
-            words = rng.sample(BAD if label == "bad" else GOOD, 2) + rng.sample("abcdefghijklmnop", rng.randint(2, 9))
+            words = rng.choices(BAD if label == "bad" else GOOD, k=5) + rng.sample("abcdefghijklmnop", rng.randint(2, 9))
             rng.shuffle(words)
             writer.writerow([" ".join(words), label])
     return path

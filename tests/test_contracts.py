@@ -164,7 +164,7 @@ def test_after_apply_the_model_is_called_as_before_and_starts_where_the_base_was
 @pytest.mark.parametrize("method_name", METHODS)
 @pytest.mark.parametrize("name", TASKS)
 def test_what_trains_is_float32_includes_what_is_fresh_and_stands_in_one_group(prepared, name, method_name):
-    ready, task, loaded = prepared(name)
+    _ready, _task, loaded = prepared(name)
     method = find.build("methods", method_name, {}, Method)
     model = method.apply(loaded.model, loaded)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -34,7 +34,7 @@ def text_encoder(folder: Path, dropout: float = 0.0, **config: Any) -> Path:
     settings = {
         "vocab_size": len(vocabulary), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 32, "max_position_embeddings": 32, "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout, "initializer_range": 0.5,
+        "attention_probs_dropout_prob": dropout, "initializer_range": 0.15,
     }  # fmt: skip
     torch.manual_seed(0)
     transformers.BertModel(transformers.BertConfig(**(settings | config))).save_pretrained(folder)
