@@ -95,7 +95,7 @@ def test_tango_always_has_width_holds_the_estimate_and_mirrors():
     ],
 )
 def test_tango_covers_the_truth_at_least_93_times_in_100(n, rates):
-    """Exact, over all outcomes; the figures are EVIDENCE.md's table 1a."""
+    """Exact, over all outcomes; the figures are docs/facts.md."""
     log_factorial = [math.lgamma(count + 1) for count in range(n + 1)]
     covered = dict.fromkeys(rates, 0.0)
     for fixed in range(n + 1):

@@ -23,7 +23,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "check", "compare", "load", "train"]
 
-# Threads that spin while they wait made a busy two-core machine 2.5 to 5.7 times slower (PERFORMANCE, section 4).
+# Threads that spin while they wait made a busy two-core machine 2.5 to 5.7 times slower (docs/facts.md).
 # Read by OpenMP when torch is imported, so it stands here and not in the engine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

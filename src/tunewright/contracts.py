@@ -198,7 +198,18 @@ class Task(ABC):
 
     @abstractmethod
     def predict(self, model: nn.Module, batch: Batch, loaded: Loaded) -> list[Prediction]:
-        """One prediction per row of the batch, in order; used by evaluate and by serve."""
+        """One prediction per row of the batch, in order; used by evaluate and by serve.
+
+        Where the batch carries targets (evaluation), a prediction may hold what they cost under the model.
+        """
+
+    def validate(self, model: nn.Module, batch: Batch, loaded: Loaded) -> list[Prediction]:
+        """`predict` as far as the periodic evaluation needs it; tasks for which answering is slow do less here."""
+        return self.predict(model, batch, loaded)
+
+    def truth(self, record: Record) -> str | None:
+        """The right answer in words, for the table of flips."""
+        return record.get("label")
 
     @abstractmethod
     def score(self, prediction: Prediction, record: Record) -> dict[str, Any]:

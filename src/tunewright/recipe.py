@@ -348,7 +348,7 @@ def _number(value: Any, hint: Any) -> Any:
     return value
 
 
-# key -> (in words, test). The rates are those between which fine-tuning has been seen to work (METHODS, sections 2, 9).
+# key -> (in words, test). The rates are those between which fine-tuning has been seen to work (docs/facts.md).
 RANGES: dict[str, tuple[str, Any]] = {
     "train.learning_rate": ("a rate from 1e-7 to 1 (prompt tuning reaches 0.3)", lambda v: 1e-7 <= v <= 1),
     "train.num_train_epochs": ("more than 0, at most 10000", lambda v: 0 < v <= 10000),

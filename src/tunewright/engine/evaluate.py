@@ -23,6 +23,7 @@ def predict_rows(
     *,
     batch_size: int = 32,
     progress: Show | None = None,
+    validating: bool = False,
 ) -> list[Prediction]:
     """One prediction per example, in their order, whatever the batch size.
 
@@ -36,7 +37,8 @@ def predict_rows(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = to_device(task.collate([examples[i] for i in chosen]), device)
-            for i, prediction in zip(chosen, task.predict(model, batch, loaded), strict=True):
+            answer = task.validate if validating else task.predict
+            for i, prediction in zip(chosen, answer(model, batch, loaded), strict=True):
                 answers[i] = prediction
             if progress:
                 progress(len(chosen))

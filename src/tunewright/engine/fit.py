@@ -174,7 +174,7 @@ def clip(model: nn.Module, limit: float) -> float:
 
 
 def stop_unless_finite(logs: dict[str, float], state: State, micro_batches: Sequence[Batch]) -> None:
-    """NaN must never pass as success: elsewhere it is logged as 0.0 and the run exits 0 (RELIABILITY A6)."""
+    """NaN must never pass as success: elsewhere it is logged as 0.0 and the run exits 0 (docs/facts.md)."""
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
     if bad:
         rows = [row for batch in micro_batches for row in batch.get("row", [])]

@@ -19,12 +19,12 @@ from tunewright.models.surgery import train_in_float32
 
 @dataclass(frozen=True)
 class Full(Method):
-    head_learning_rate_ratio: float = 10.0  # a new head is random: at the trunk's rate it learns too late (METHODS 1.2)
+    head_learning_rate_ratio: float = (
+        10.0  # a new head is random: at the trunk's rate it learns too late (docs/facts.md)
+    )
 
     learning_rate: ClassVar[float] = 5e-5
-    learning_rate_reason: ClassVar[str] = (
-        "encoders of up to 400M train well between 2e-5 and 1e-4 (measured: METHODS 14)"
-    )
+    learning_rate_reason: ClassVar[str] = "encoders of up to 400M train well between 2e-5 and 1e-4"
     standalone: ClassVar[bool] = True
 
     @property

@@ -20,7 +20,19 @@ from tunewright.contracts import Batch, Loaded, Method, Task
 from tunewright.errors import Fault, MethodError
 from tunewright.models.surgery import freeze
 
-STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # C, as scikit-learn spells it: large trusts the rows, small the prior
+STRENGTHS = (
+    0.001,
+    0.003,
+    0.01,
+    0.03,
+    0.1,
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+    30.0,
+    100.0,
+)  # C, as scikit-learn spells it: large trusts the rows, small the prior
 FOLDS = 5
 
 
@@ -29,7 +41,7 @@ class Head(Method):
     solver: Literal["auto", "steps"] = "auto"  # auto: the optimum by LBFGS where the head is linear; steps: by gradient
 
     learning_rate: ClassVar[float] = 3e-3
-    learning_rate_reason: ClassVar[str] = "a head alone stands rates from 1e-3 to 1e-2 (METHODS 9)"
+    learning_rate_reason: ClassVar[str] = "a head alone stands rates from 1e-3 to 1e-2"
     standalone: ClassVar[bool] = True
 
     @property

@@ -24,15 +24,13 @@ from tunewright.models.surgery import train_in_float32
 
 @dataclass(frozen=True)
 class Lora(Method):
-    r: int = 8  # rank: 8 for classifiers; more where there is more to store (METHODS 2.1)
+    r: int = 8  # rank: 8 for classifiers; more where there is more to store (docs/facts.md)
     lora_alpha: int | None = None  # scale is alpha / r; None: 2 r
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"  # or last name segments: [query, value]
 
     learning_rate: ClassVar[float] = 1e-3
-    learning_rate_reason: ClassVar[str] = (
-        "ten to twenty times that of full tuning, nearly whatever the rank (METHODS 2.1, 14)"
-    )
+    learning_rate_reason: ClassVar[str] = "ten to twenty times that of full tuning, nearly whatever the rank"
     standalone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -56,7 +54,7 @@ class Lora(Method):
             lora_alpha=self.lora_alpha or 2 * self.r,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(model, head),
-            # a head that is not named here stays random, untrained and unsaved, without a word (RELIABILITY C33)
+            # a head that is not named here stays random, untrained and unsaved, without a word (docs/facts.md)
             modules_to_save=list(head) or None,
         )
         with warnings.catch_warnings():
@@ -95,7 +93,7 @@ class Lora(Method):
             yield model
 
     def merge(self, model: nn.Module) -> nn.Module:
-        """Folded in float32: bf16 merging loses digits, and repeated merging changes the base (RELIABILITY C36)."""
+        """Folded in float32: bf16 merging loses digits, and repeated merging changes the base (docs/facts.md)."""
         return copy.deepcopy(model).float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
 
     def save(self, model: nn.Module, loaded: Loaded, folder: Path) -> None:

@@ -64,3 +64,12 @@ def linear_names(model: nn.Module, without: tuple[str, ...] = ()) -> list[str]:
         if (product or mixing) and not within(name, without):
             names.append(name)
     return names
+
+
+def max_positions(model: nn.Module) -> int | None:
+    """How many tokens fit. A position table with a padding index (RoBERTa) begins behind it; None: no limit stated."""
+    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return stated

@@ -22,7 +22,7 @@ def freeze(model: nn.Module, except_for: tuple[str, ...] = ()) -> None:
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (RELIABILITY C45)."""
+    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (docs/facts.md)."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)

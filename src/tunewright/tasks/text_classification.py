@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tunewright.contracts import Baseline, Batch, Example, Field, Loaded, Loss, Prediction, Record, Task
 from tunewright.metrics.classification import ACCURACY, LOG_LOSS, MACRO_F1, score_class
 from tunewright.models import classifier
+from tunewright.models.layout import max_positions
 from tunewright.models.load import open_processor, resolve
 from tunewright.recipe import ModelSpec
 
@@ -146,10 +147,7 @@ class TextClassification(Task):
         return Baseline("zero-shot", text, predict)
 
     def _limit(self, loaded: Loaded) -> int:
-        positions = getattr(loaded.model.config, "max_position_embeddings", None) or LONGEST
-        if getattr(loaded.model.config, "model_type", "") and positions in (514, 1026):
-            positions -= 2  # RoBERTa's tables begin after the padding index
-        own = min(positions, loaded.processor.model_max_length)
+        own = min(max_positions(loaded.model) or LONGEST, loaded.processor.model_max_length)
         return min(own, self.max_length or LONGEST)
 
     def _logits(self, model: nn.Module, batch: Batch, loaded: Loaded) -> Tensor:
