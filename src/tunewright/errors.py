@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 SHOWN_FAULTS = 20  # enough to see the pattern, few enough to read; the rest is counted
 
@@ -67,7 +68,13 @@ class UserError(TunewrightError):
 
 
 class RecipeError(UserError):
-    """A key or value of the recipe is wrong."""
+    """A key or value of the recipe is wrong.
+
+    rest: the recipe made of all that was right, so that its data can be looked at in the same pass; None where too
+    little was.
+    """
+
+    rest: Any = None
 
 
 class DataError(UserError):

@@ -96,36 +96,47 @@ class Recipe:
     came_from: dict[str, str] = field(default_factory=dict, compare=False)  # key -> why, where it is not the default
 
     @classmethod
-    def read(cls, path: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str | None]:
+    def read(
+        cls, path: str | Path, overrides: Sequence[str] = (), *, source: str = "command line"
+    ) -> tuple[Recipe, str | None]:
         """Read YAML, apply `train.learning_rate=1e-4` style overrides, check every key and value.
 
         Relative data and model paths are looked for beside the recipe, then where the command was started.
+        source: what is said of the overrides where a value's origin is named.
         Returns the recipe and its `output_dir`, None if it names none.
         Raises RecipeError with all the faults found, not only the first.
         """
         path = Path(path)
-        tree = _parse(path)
-        sources = {key: path.name for key in _flat(tree)}
-        return cls._overridden(tree, overrides, sources, folder=path.parent, name=path.name)
+        return cls.from_keys(overrides, _parse(path), folder=path.parent, name=path.name, source=source)
 
     @classmethod
-    def from_keys(cls, keys: Sequence[str]) -> tuple[Recipe, str | None]:
-        """A recipe from `key=value` alone, as the command line takes it without a file."""
-        return cls._overridden({}, keys, {}, folder=Path(), name="command line")
-
-    @classmethod
-    def _overridden(
-        cls, tree: dict[str, Any], overrides: Sequence[str], sources: dict[str, str], folder: Path, name: str
+    def from_keys(
+        cls,
+        keys: Sequence[str],
+        tree: Mapping[str, Any] | None = None,
+        *,
+        folder: Path = Path(),
+        name: str = "command line",
+        source: str = "command line",
     ) -> tuple[Recipe, str | None]:
+        """A recipe from `key=value` on top of a mapping, or alone, as the command line takes it without a file."""
         faults: list[Fault] = []
-        for text in overrides:
+        below = _plain(tree or {})
+        sources = dict.fromkeys(_flat(below), name)
+        below = _translate(below, sources, faults)
+        above: dict[str, Any] = {}
+        for text in keys:
             key, sign, value = text.partition("=")
-            if not sign or not key:
+            if not sign or not key.strip():
                 faults.append(Fault(f'"{text}" cannot be read', where="command line", expected="section.key=value"))
                 continue
-            _put(tree, key.strip().split("."), _scalar(value), faults)
-            sources[key.strip()] = "command line"
-        return cls.of(tree, sources=sources, folder=folder, faults=faults, name=name)
+            one: dict[str, Any] = {}
+            _put(one, key.strip().split("."), _scalar(value), faults)
+            own = dict.fromkeys(_flat(one), source)
+            _lay_over(above, _translate(one, own, faults))
+            sources |= own
+        _lay_over(below, above)
+        return cls.of(below, sources=sources, folder=folder, faults=faults, name=name)
 
     @classmethod
     def of(
@@ -139,14 +150,18 @@ class Recipe:
     ) -> tuple[Recipe, str | None]:
         """A recipe from nested mappings, as `read` does from a file."""
         found = list(faults)
-        sources = dict(sources or {})
-        tree = _expand(_translate(json.loads(json.dumps(dict(tree), default=str)), sources, found))
+        tree = _plain(tree)
+        sources = dict(dict.fromkeys(_flat(tree), name) if sources is None else sources)
+        tree = _expand(_translate(tree, sources, found))
         output_dir = tree.pop("output_dir", None)
         if output_dir is not None and not isinstance(output_dir, str):
             found.append(Fault("wrong kind of value", where="output_dir", expected="a folder", got=repr(output_dir)))
         recipe = _build(cls, tree, found)
         if found or recipe is None:
-            raise RecipeError([dataclasses.replace(f, where=f"{name}: {f.where}") for f in found])
+            error = RecipeError([dataclasses.replace(f, where=_place(f.where, sources, name)) for f in found])
+            if recipe is not None and not any(f.where.startswith("data") for f in found):
+                error.rest = recipe.rooted(folder)
+            raise error
         return dataclasses.replace(recipe.rooted(folder), came_from=sources), output_dir
 
     def rooted(self, folder: Path) -> Recipe:
@@ -183,6 +198,8 @@ class Recipe:
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
         if Path(tree["model"]["checkpoint"]).is_absolute():
             tree["model"]["checkpoint"] = Path(tree["model"]["checkpoint"]).name
+        # `3` and `3.0` are one value: JSON would tell them apart
+        tree = json.loads(json.dumps(tree), parse_int=float)
         text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -265,7 +282,7 @@ EXAMPLES |= {"method": "method: lora"}
 
 
 def _build(cls: type, tree: Mapping[str, Any], faults: list[Fault]) -> Any:
-    """The recipe's object, or None with what is wrong in `faults`."""
+    """The recipe's object from what is right; what is wrong goes to `faults`. None where a needed section is."""
     sections: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.name != "came_from"]
@@ -281,11 +298,11 @@ def _build(cls: type, tree: Mapping[str, Any], faults: list[Fault]) -> Any:
                 )
             )
     for key in REQUIRED[""]:
-        if key not in tree:
+        if tree.get(key) is None:
             faults.append(Fault("missing", where=key, remedy=f"Add a line such as `{EXAMPLES[key]}`."))
     for key, value in tree.items():
         kind = hints.get(key)
-        if kind is None or key not in known:
+        if kind is None or key not in known or value is None:  # a section with nothing beneath: all its defaults
             continue
         if key == "seed":
             if not fits(value, int) or not 0 <= value < 2**31:
@@ -295,12 +312,13 @@ def _build(cls: type, tree: Mapping[str, Any], faults: list[Fault]) -> Any:
             else:
                 sections[key] = value
         elif not isinstance(value, Mapping):
-            faults.append(Fault("wrong kind of value", where=key, expected="a mapping (key: value)", got=repr(value)))
+            expected = ("one text, or " if key in SHORT else "") + "a mapping (key: value)"
+            faults.append(Fault("wrong kind of value", where=key, expected=expected, got=repr(value)))
         elif kind is Choice:
             sections[key] = _choice(key, value, faults)
         else:
             sections[key] = _section(kind, key, value, faults)
-    return None if faults else cls(**sections)
+    return cls(**sections) if all(sections.get(key) for key in REQUIRED[""]) else None
 
 
 def _choice(key: str, value: Mapping[str, Any], faults: list[Fault]) -> Choice | None:
@@ -338,10 +356,10 @@ def _section(kind: type, section: str, value: Mapping[str, Any], faults: list[Fa
 
 def _number(value: Any, hint: Any) -> Any:
     """YAML 1.1 reads `2e-4` as text (no dot): what looks like a number where one is wanted is one."""
-    if isinstance(value, str) and not fits(value, hint) and fits(1.5, hint):
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and fits(1.5, hint) and not fits("", hint):
         try:
-            return float(value)
-        except ValueError:
+            return float(value)  # also 3 for 3.0: the written recipe knows one spelling
+        except (ValueError, OverflowError):
             return value
     if isinstance(value, float) and value.is_integer() and fits(1, hint) and not fits(1.5, hint):
         return int(value)
@@ -349,21 +367,23 @@ def _number(value: Any, hint: Any) -> Any:
 
 
 # key -> (in words, test). The rates are those between which fine-tuning has been seen to work (docs/facts.md).
+MOST = 10**9  # a count beyond that is a slip of the hand
+COUNT = ("from 1 to 1000000000", lambda v: 1 <= v <= MOST)
 RANGES: dict[str, tuple[str, Any]] = {
     "train.learning_rate": ("a rate from 1e-7 to 1 (prompt tuning reaches 0.3)", lambda v: 1e-7 <= v <= 1),
     "train.num_train_epochs": ("more than 0, at most 10000", lambda v: 0 < v <= 10000),
-    "train.max_steps": ("1 or more", lambda v: v >= 1),
-    "train.per_device_train_batch_size": ("1 or more", lambda v: v >= 1),
-    "train.per_device_eval_batch_size": ("1 or more", lambda v: v >= 1),
-    "train.gradient_accumulation_steps": ("1 or more", lambda v: v >= 1),
-    "train.warmup_steps": ("0 or more: a share below 1, a count from 1", lambda v: v >= 0),
+    "train.max_steps": COUNT,
+    "train.per_device_train_batch_size": COUNT,
+    "train.per_device_eval_batch_size": COUNT,
+    "train.gradient_accumulation_steps": COUNT,
+    "train.warmup_steps": ("0 or more: a share below 1, a count from 1", lambda v: 0 <= v <= MOST),
     "train.weight_decay": ("from 0 to 1", lambda v: 0 <= v <= 1),
     "train.max_grad_norm": ("0 (off) or more", lambda v: v >= 0),
-    "train.save_steps": ("1 or more", lambda v: v >= 1),
+    "train.save_steps": COUNT,
     "train.save_total_limit": ("2 or more: one may be damaged", lambda v: v >= 2),
-    "train.eval_steps": ("1 or more", lambda v: v >= 1),
-    "train.logging_steps": ("1 or more", lambda v: v >= 1),
-    "train.early_stopping_patience": ("1 or more", lambda v: v >= 1),
+    "train.eval_steps": COUNT,
+    "train.logging_steps": COUNT,
+    "train.early_stopping_patience": COUNT,
     "data.holdout": ("more than 0 and less than 1", lambda v: 0 < v < 1),
     "evaluate.margin": ("from 0 to 1 (0.02 is two points)", lambda v: 0 <= v < 1),
 }
@@ -384,6 +404,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, type(None))):
+                raise yaml.MarkedYAMLError(problem=f"{key} is no name for a key", problem_mark=key_node.start_mark)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f'key "{key}" stands twice', problem_mark=key_node.start_mark)
             seen.add(key)
@@ -392,9 +414,11 @@ class _Loader(yaml.SafeLoader):
 
 def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        here = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        remedy = nearest(path.name, here) or (f"Recipes here: {', '.join(here[:5])}." if here else "")
-        raise RecipeError(Fault("no such recipe file", where=str(path), remedy=remedy))
+        folder = path if path.is_dir() else path.parent
+        here = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+        remedy = nearest(path.name, here) or (f"Recipes in {folder}: {', '.join(here[:5])}." if here else "")
+        problem = "a folder, not a recipe file" if path.is_dir() else "no such recipe file"
+        raise RecipeError(Fault(problem, where=str(path), expected="a YAML file", remedy=remedy))
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -410,19 +434,37 @@ def _parse(path: Path) -> dict[str, Any]:
 def _put(tree: dict[str, Any], path: list[str], value: Any, faults: list[Fault], clash: str = "") -> None:
     *sections, last = path
     for section in sections:
-        nest = tree.setdefault(section, {})
-        if isinstance(nest, str) and section in SHORT:
-            nest = tree[section] = {SHORT[section]: nest}
+        nest = tree[section] = {} if tree.get(section) is None else tree[section]
         if not isinstance(nest, dict):
             faults.append(Fault(f'"{section}" is no section', where=".".join(path)))
             return
         tree = nest
     if clash and last in tree:
         faults.append(Fault(f"given twice, the other time as {'.'.join(path)}", where=clash))
-    if last in SHORT and isinstance(tree.get(last), dict) and isinstance(value, str):
-        tree[last][SHORT[last]] = value  # `model=X` on the command line keeps the other model keys
-    else:
-        tree[last] = value
+    tree[last] = value
+
+
+def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
+    """Values of `above` win. Another method or task takes nothing over: the old one's options are not its own."""
+    for key, value in above.items():
+        old = below.get(key)
+        merge = isinstance(old, dict) and isinstance(value, dict)
+        if merge and key in ("task", "method"):
+            merge = value.get("name", old.get("name")) in (old.get("name"), None) or "name" not in old
+        if merge:
+            _lay_over(old, value)
+        else:
+            below[key] = value
+
+
+def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of plain values: paths and dates as text, keys as text."""
+    return json.loads(json.dumps(dict(tree), default=str))
+
+
+def _place(where: str, sources: Mapping[str, str], name: str) -> str:
+    """Where the value of a key was given: `r.yaml, written as "lr": train.learning_rate`."""
+    return where if where == "command line" else f"{sources.get(where, name)}: {where}"
 
 
 def _scalar(text: str) -> Any:
