@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import traceback
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tunewright
 from tunewright import find
-from tunewright.errors import Fault, RecipeError, TunewrightError
+from tunewright.errors import Fault, RecipeError, TunewrightError, UserError, nearest
 
 RECIPE_HELP = "a recipe (YAML), or none and the keys below"
 KEYS_HELP = "section.key=value: sets or overrides a key, such as train.learning_rate=1e-4 or method=head"
@@ -22,35 +25,56 @@ KEYS_HELP = "section.key=value: sets or overrides a key, such as train.learning_
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if not hasattr(options, "run"):
-        parser.print_help()
-        return 0
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in words
     try:
+        options = _parse(words)
+        as_json = options.json
         return options.run(options)
     except TunewrightError as error:
-        return _fail(error, options)
+        return _fail(error, as_json)
+    except SystemExit as done:  # --help and --version have printed what they were asked for
+        return int(done.code or 0)
     except KeyboardInterrupt:
-        _say("Interrupted. The same command continues from the last checkpoint.")
+        _say("Interrupted. `train` given again continues from its last checkpoint.")
+        _print_error("KeyboardInterrupt", "interrupted", as_json)
         return 130
     except BrokenPipeError:  # `tunewright ... | head` has seen enough
         sys.stderr.close()
         return 0
+    except Exception as error:
+        _say(f"{traceback.format_exc()}\nThis is a fault of tunewright, not of your input. Please report these lines.")
+        _print_error(type(error).__name__, str(error), as_json)
+        return 1
 
 
-def _fail(error: TunewrightError, options: argparse.Namespace) -> int:
-    if options.json:
-        print(json.dumps(error.as_dict(), ensure_ascii=False))
+def _fail(error: TunewrightError, as_json: bool) -> int:
+    if as_json:
+        print(_json(error.as_dict()))
     count = len(error.faults)
-    _say(f"{type(error).__name__}: {count} fault{'s' if count > 1 else ''}, nothing was trained." if count > 1 else "")
+    _say(f"{type(error).__name__}: {count} faults." if count > 1 else "")
     _say(error.text())
     return error.exit_code
+
+
+def _print_error(kind: str, problem: str, as_json: bool) -> None:
+    if as_json:
+        print(_json({"error": kind, "faults": [asdict(Fault(problem))]}))
 
 
 def _say(text: str) -> None:
     if text:
         print(_printable(text), file=sys.stderr)
+
+
+def _json(value: Any) -> str:
+    """One document. What a terminal would obey, or cannot show, is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _printable(text: str) -> str:
@@ -59,8 +83,42 @@ def _printable(text: str) -> str:
 
 
 # --------------------------------------------------------------------- parsing
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises what is wrong, so that it is said, and printed as JSON, like every other fault."""
+
+    def error(self, message: str) -> NoReturn:
+        remedy = f"`{self.prog} --help` shows what there is."
+        raise UserError(Fault(message, where="command line", remedy=remedy))
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser, verbs = _parser()
+    if not words:
+        parser.print_help()
+        parser.exit()
+    if words[0].startswith("-"):
+        parser.parse_args(words)  # prints and leaves, or raises
+    if words[0] not in verbs:
+        remedy = nearest(words[0], list(verbs)) or "`tunewright --help` shows what each does."
+        problem = f'unknown verb "{words[0]}"'
+        raise UserError(Fault(problem, where="command line", expected="one of " + ", ".join(verbs), remedy=remedy))
+    verb = verbs[words[0]]
+    # intermixed: `check RECIPE.yaml --json seed=1` means what it says
+    options, unknown = verb.parse_known_intermixed_args(words[1:])
+    known = sorted(set(re.findall(r"(?<![\w-])--?[a-z]+", verb.format_help().partition("options:")[2])))
+    if unknown:
+        raise UserError([_unknown_option(word, known) for word in unknown])
+    return options
+
+
+def _unknown_option(word: str, known: list[str]) -> Fault:
+    expected = "one of " + ", ".join(known)
+    return Fault(f'unknown option "{word}"', where="command line", expected=expected, remedy=nearest(word, known))
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole command, and the parser of each verb."""
+    parser = _Parser(
         prog="tunewright",
         description="Fine-tune any pre-trained model on your own data, and know whether it got better.",
         allow_abbrev=False,
@@ -97,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="folder for the runs (default: runs/demo)")
     verb("tasks", lambda o: _list(o, "tasks"), "what can be learned")
     verb("methods", lambda o: _list(o, "methods"), "how a model can be adapted")
-    return parser
+    return parser, verbs.choices
 
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Any, str | None]:
@@ -107,9 +165,16 @@ def _read_recipe(options: argparse.Namespace) -> tuple[Any, str | None]:
     given = [options.recipe, *options.keys] if options.recipe else []
     if not given:
         raise RecipeError(Fault("no recipe given", where="command line", remedy="tunewright check RECIPE.yaml"))
-    if "=" not in given[0] or Path(given[0]).exists():
-        return Recipe.read(given[0], given[1:])
-    return Recipe.from_keys(given)
+    try:
+        if "=" not in given[0] or Path(given[0]).exists():
+            return Recipe.read(given[0], given[1:])
+        return Recipe.from_keys(given)
+    except RecipeError as error:
+        if error.rest is None:
+            raise
+        from tunewright.runs.checking import with_the_rest
+
+        raise with_the_rest(error) from None
 
 
 # ----------------------------------------------------------------------- verbs
@@ -140,8 +205,10 @@ def _check_text(found: dict[str, Any]) -> str:
             f"{cut['rows']} of {cut['of']} rows are cut."
         )
     lines += [*found["notes"], *found["settings"]]
-    share = 100 * found["trainable_parameters"] / found["total_parameters"]
-    lines.append(f"{found['trainable_parameters']:,} of {found['total_parameters']:,} numbers train ({share:.2g} %).")
+    train, total = found["trainable_parameters"], found["total_parameters"]
+    share = 100 * train / total
+    shown = f"{share:.0f}" if share >= 10 else f"{share:.2g}"
+    lines.append(f"{train:,} of {total:,} numbers train ({shown} %).")
     lines.append(f"Row {found['example']['row']}, as the model sees it:\n    {found['example']['shown']}")
     lines.append(found["test_can_show"])
     return "\n".join(lines) + "\nNothing stands in the way of training."
@@ -151,7 +218,7 @@ def _train(options: argparse.Namespace) -> int:
     recipe, output_dir = _read_recipe(options)
     from tunewright.runs.training import train
 
-    out = Path(output_dir or f"runs/{recipe.digest()}")
+    out = Path(output_dir or f"runs/{recipe.digest()}").expanduser()
     run = train(recipe, out, again=options.again, say=_say)
     evidence = run.read_json("evidence.json")
     short = {
@@ -233,7 +300,7 @@ def _list(options: argparse.Namespace, folder: str) -> int:
 
 
 def _result(options: argparse.Namespace, value: Any, text: str) -> None:
-    print(json.dumps(value, ensure_ascii=False) if options.json else _printable(text))
+    print(_json(value) if options.json else _printable(text))
 
 
 if __name__ == "__main__":

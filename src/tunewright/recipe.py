@@ -255,14 +255,14 @@ def _translate(tree: dict[str, Any], sources: dict[str, str], faults: list[Fault
             if (not prefix and key in own_sections) or (prefix and (key in known or key not in ALIASES)):
                 continue
             target = ALIASES.get(key) or (f"train.{key}" if not prefix and key in train_keys else None)
-            if target is None or (prefix in ("task.", "method.") and target.startswith(prefix) is False):
+            if target in (None, f"{prefix}{key}") or (prefix in ("task.", "method.") and not target.startswith(prefix)):
                 continue
             value = nest.pop(key)
             if key in QUANTIZED:
                 value = QUANTIZED[key] if value else None
-            old = sources.pop(f"{prefix}{key}", "recipe")
+            old, twin = sources.pop(f"{prefix}{key}", "recipe"), sources.get(target, "").partition(', written as "')[2]
             sources[target] = f'{old}, written as "{prefix}{key}"'
-            _put(tree, target.split("."), value, faults, clash=f"{prefix}{key}")
+            _put(tree, target.split("."), value, faults, clash=f"{prefix}{key}", twin=twin.rstrip('"'))
     return tree
 
 
@@ -431,7 +431,9 @@ def _parse(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _put(tree: dict[str, Any], path: list[str], value: Any, faults: list[Fault], clash: str = "") -> None:
+def _put(
+    tree: dict[str, Any], path: list[str], value: Any, faults: list[Fault], clash: str = "", twin: str = ""
+) -> None:
     *sections, last = path
     for section in sections:
         nest = tree[section] = {} if tree.get(section) is None else tree[section]
@@ -440,7 +442,7 @@ def _put(tree: dict[str, Any], path: list[str], value: Any, faults: list[Fault],
             return
         tree = nest
     if clash and last in tree:
-        faults.append(Fault(f"given twice, the other time as {'.'.join(path)}", where=clash))
+        faults.append(Fault(f"given twice, the other time as {twin or '.'.join(path)}", where=clash))
     tree[last] = value
 
 
@@ -448,13 +450,14 @@ def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
     """Values of `above` win. Another method or task takes nothing over: the old one's options are not its own."""
     for key, value in above.items():
         old = below.get(key)
-        merge = isinstance(old, dict) and isinstance(value, dict)
-        if merge and key in ("task", "method"):
-            merge = value.get("name", old.get("name")) in (old.get("name"), None) or "name" not in old
-        if merge:
-            _lay_over(old, value)
-        else:
+        if not (isinstance(old, dict) and isinstance(value, dict)) or _renamed(key, old, value):
             below[key] = value
+        else:
+            _lay_over(old, value)
+
+
+def _renamed(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return key in ("task", "method") and "name" in old and new.get("name", old["name"]) != old["name"]
 
 
 def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -464,7 +467,8 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(where: str, sources: Mapping[str, str], name: str) -> str:
     """Where the value of a key was given: `r.yaml, written as "lr": train.learning_rate`."""
-    return where if where == "command line" else f"{sources.get(where, name)}: {where}"
+    origin = next((source for key, source in sources.items() if key == where or key.startswith(f"{where}.")), name)
+    return where if where == "command line" else f"{origin}: {where}"
 
 
 def _scalar(text: str) -> Any:

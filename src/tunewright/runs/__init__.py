@@ -1,0 +1,1 @@
+"""One recipe, one folder: training, evidence, report, prediction."""

@@ -1,0 +1,66 @@
+"""A finished run scored on another file: base and tuned on the same rows, with the run's own statistics.
+
+Knows run folders and contracts. The run's own test rows are not opened again for this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunewright import find
+from tunewright.contracts import Record, Task
+from tunewright.data import inspection, records
+from tunewright.errors import DataError, Fault
+from tunewright.rundir import RunDir
+from tunewright.runs.evidence import gather
+from tunewright.runs.prediction import open_run
+
+
+def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str, Any]:
+    """evidence.json's content for the rows of `file`, which must carry labels that the run knows."""
+    run = RunDir.open(folder)
+    predictor = open_run(folder, base)
+    task, loaded, recipe = predictor.task, predictor.loaded, predictor.recipe
+    rows, _, faults = records.read_inputs(file, task.fields, columns=recipe.data.columns, required=tuple(task.fields))
+    known = set(loaded.labels)
+    faults += [
+        Fault(
+            "a label that the model does not know",
+            where=r["where"],
+            field="label",
+            expected="one of " + ", ".join(loaded.labels),
+            got=repr(r["label"]),
+        )
+        for r in rows
+        if known and r["label"] not in known
+    ]
+    if faults:
+        raise DataError(faults)
+    training = _training_rows(run)
+    size = recipe.train.per_device_eval_batch_size
+    original = task.load(recipe.model, loaded.labels)
+    baseline, before = gather.base_answers(task, recipe.model, original, training, rows, size)
+    return gather.weigh(
+        task, loaded.labels, rows, baseline, before, predictor(rows),
+        margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed,
+        overlap=_overlap(task, training, rows),
+    )  # fmt: skip
+
+
+def _training_rows(run: RunDir) -> list[Record]:
+    """The rows that the run was trained on, read again: a baseline is made from them, and overlap is looked for."""
+    recipe = run.recipe()
+    task = find.build("tasks", recipe.task.name, recipe.task.options, Task)  # type: ignore[type-abstract]
+    validation = recipe.train.early_stopping_patience is not None
+    data, faults = records.load(recipe.data, task.fields, seed=recipe.seed, validation=validation)
+    if data is None:
+        raise DataError([*faults, Fault("the run's training rows are needed for its baseline", where=str(run.path))])
+    return data.train
+
+
+def _overlap(task: Task, training: Sequence[Record], rows: Sequence[Record]) -> int:
+    """How many rows have the same content as a training row."""
+    seen = {inspection.content_key(r, task.fields) for r in training}
+    return sum(inspection.content_key(r, task.fields) in seen for r in rows)

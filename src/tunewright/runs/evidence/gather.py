@@ -1,0 +1,106 @@
+"""Base and tuned answer the same held-out rows; what follows is written down. Knows tasks only as contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tunewright.contracts import Baseline, Loaded, Prediction, Record, Task
+from tunewright.data.batches import Examples
+from tunewright.engine.evaluate import predict_rows, score_rows
+from tunewright.recipe import ModelSpec
+from tunewright.runs.evidence import measures
+from tunewright.runs.evidence.verdict import advice, verdict
+
+NOT_MEASURED = [
+    "what it forgot (no rows of other skills were scored)",
+    "other seeds (this is one training run)",
+    "messy input and groups of rows",
+]
+Progress = Callable[[int], object]
+
+
+def base_answers(
+    task: Task, spec: ModelSpec, loaded: Loaded, training: Sequence[Record], records: Sequence[Record], batch_size: int
+) -> tuple[Baseline, list[Prediction]]:
+    """What stood there before training, on these rows: a named baseline, or the base model itself."""
+    baseline = task.baseline(spec, loaded, training)
+    if baseline is not None:
+        return baseline, baseline.predict(records)
+    base = task.load(spec, loaded.labels)
+    examples = Examples(records, lambda r: task.encode(r, base))
+    answers = predict_rows(task, base.model, base, examples, batch_size=batch_size)
+    return Baseline("base", "the base model itself, unchanged", lambda rows: answers), answers
+
+
+def tuned_answers(
+    task: Task, model: nn.Module, loaded: Loaded, records: Sequence[Record], batch_size: int, progress: Progress | None
+) -> list[Prediction]:
+    """The tuned model's answers."""
+    examples = Examples(records, lambda r: task.encode(r, loaded))
+    return predict_rows(task, model, loaded, examples, batch_size=batch_size, progress=progress)
+
+
+def weigh(
+    task: Task,
+    labels: Sequence[str],
+    records: Sequence[Record],
+    baseline: Baseline,
+    base: Sequence[Prediction],
+    tuned: Sequence[Prediction],
+    *,
+    margin: float,
+    group: str | None,
+    seed: int,
+    overlap: int = 0,
+) -> dict[str, Any]:
+    """evidence.json without its cost: verdict, measures, flips, baseline, confusion, advice."""
+    before, after = score_rows(task, base, records), score_rows(task, tuned, records)
+    groups = [str(r["extra"].get(group)) for r in records] if group else None
+    found = []
+    for metric in task.metrics if records else ():
+        pair = [s[metric.name] for s in before], [s[metric.name] for s in after]
+        found.append(measures.measure(metric, *pair, groups, baseline.name, seed=seed))
+    flips = measures.flips(task, records, list(zip(base, before, strict=True)), list(zip(tuned, after, strict=True)))
+    result = verdict(found[0] if found else None, flips, margin, NOT_MEASURED, overlap)
+    evidence: dict[str, Any] = {"verdict": result, "measures": found}
+    if flips is not None and records:
+        evidence["flips"] = flips
+    confusion = measures.confusion(labels, records, base, tuned)
+    if confusion is not None:
+        evidence["confusion"] = confusion
+    evidence["baseline"] = {"name": baseline.name, "text": baseline.text}
+    evidence["advice"] = advice(result, flips)
+    return evidence
+
+
+def write_scores(
+    folder: Path,
+    task: Task,
+    records: Sequence[Record],
+    base: Sequence[Prediction],
+    tuned: Sequence[Prediction],
+    split: str,
+) -> None:
+    """scores.parquet: one line a row and metric; metrics that pool rows have no number of their own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    before, after = score_rows(task, base, records), score_rows(task, tuned, records)
+    lines = [
+        {"row": r["row"], "split": split, "metric": m.name, "base": float(b[m.name]), "tuned": float(t[m.name])}
+        for m in task.metrics
+        if m.pool is None
+        for r, b, t in zip(records, before, after, strict=True)
+    ]
+    types = [
+        ("row", pa.string()),
+        ("split", pa.string()),
+        ("metric", pa.string()),
+        ("base", pa.float64()),
+        ("tuned", pa.float64()),
+    ]
+    pq.write_table(pa.Table.from_pylist(lines, schema=pa.schema(types)), folder / "scores.parquet")

@@ -1,0 +1,99 @@
+"""Base and tuned on the same rows: each metric with its difference, interval and p; which rows flipped; confusion.
+
+Knows predictions, records and metrics; not models, not tasks by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tunewright.contracts import Metric, Prediction, Record, Task
+from tunewright.metrics import statistics
+
+SHOWN_FLIPS = 200  # rows kept in evidence.json; all of them stand in predictions.jsonl
+LONGEST_INPUT = 2000  # characters of an input kept beside a flip
+
+
+def measure(
+    metric: Metric,
+    base: Sequence[Any],
+    tuned: Sequence[Any],
+    groups: Sequence[object] | None,
+    baseline: str | None,
+    about: str = "task",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One entry of evidence.json's `measures`; the field `p` and the interval are of the paired difference."""
+    if metric.pool:
+        paired = statistics.paired_pool(base, tuned, metric.pool, seed=seed, groups=groups)
+    else:
+        paired = statistics.compare(base, tuned, groups=groups, seed=seed)
+    return {
+        "name": metric.name,
+        "about": about,
+        "n": paired.n,
+        **({"baseline": baseline} if baseline else {}),
+        "base": paired.base,
+        "tuned": paired.tuned,
+        "difference": paired.difference,
+        "ci95": list(paired.ci95),
+        "p": paired.p,
+        "higher_is_better": metric.higher_is_better,
+        "proportion": metric.proportion,
+        "method": paired.method,
+    }
+
+
+def flips(
+    task: Task,
+    records: Sequence[Record],
+    base: Sequence[tuple[Prediction, dict[str, Any]]],
+    tuned: Sequence[tuple[Prediction, dict[str, Any]]],
+) -> dict[str, Any] | None:
+    """Rows that one side has right and the other wrong, the confidently broken first; None without right and wrong."""
+    name = task.metrics[0].name
+    if not all(scores[name] in (0.0, 1.0) for _, scores in (*base, *tuned)):
+        return None
+    counts = {"fixed": 0, "broken": 0, "kept_right": 0, "still_wrong": 0}
+    kinds = {(0.0, 1.0): "fixed", (1.0, 0.0): "broken", (1.0, 1.0): "kept_right", (0.0, 0.0): "still_wrong"}
+    examples = []
+    for record, (before, b), (after, t) in zip(records, base, tuned, strict=True):
+        kind = kinds[b[name], t[name]]
+        counts[kind] += 1
+        if kind in ("fixed", "broken"):
+            examples.append(
+                {"row": record["row"], "kind": kind, **_input(task, record), **_answers(task, record, before, after)}
+            )
+    examples.sort(key=lambda e: (e["kind"] != "broken", -e["score"], e["row"]))
+    return counts | {"examples": examples[:SHOWN_FLIPS]}
+
+
+def _input(task: Task, record: Record) -> dict[str, Any]:
+    """What stood in the row, by the kind of its fields: a picture as its path, the rest as text."""
+    pictures = [name for name, field in task.fields.items() if field.kind == "image"]
+    texts = [str(record[name]) for name, field in task.fields.items() if field.kind == "text"]
+    shown = {"input": (" | ".join(texts) or record["row"])[:LONGEST_INPUT]}
+    return shown | ({"image": str(record[pictures[0]])} if pictures else {})
+
+
+def _answers(task: Task, record: Record, before: Prediction, after: Prediction) -> dict[str, Any]:
+    shown = [p.get("label", p.get("text")) for p in (before, after)]
+    return {"truth": task.truth(record), "base": shown[0], "tuned": shown[1], "score": after.get("score", 0.0)}
+
+
+def confusion(
+    labels: Sequence[str], records: Sequence[Record], base: Sequence[Prediction], tuned: Sequence[Prediction]
+) -> dict[str, Any] | None:
+    """Counts by truth (row) and answer (column), for base and tuned; None where predictions are no labels."""
+    if not labels or not all("label" in p for p in (*base, *tuned)):
+        return None
+    place = {name: i for i, name in enumerate(labels)}
+
+    def table(predictions: Sequence[Prediction]) -> list[list[int]]:
+        counts = [[0] * len(labels) for _ in labels]
+        for record, prediction in zip(records, predictions, strict=True):
+            counts[place[record["label"]]][place[prediction["label"]]] += 1
+        return counts
+
+    return {"labels": list(labels), "base": table(base), "tuned": table(tuned)}

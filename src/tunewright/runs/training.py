@@ -1,0 +1,240 @@
+"""train(recipe): the one wire that knows the floors below. Recipe in, run folder out.
+
+check -> folder -> base -> fit -> model/ -> evidence on the test rows, opened once -> report and card, written last.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tunewright
+from tunewright.contracts import Callback, Loaded, Method, State, Task
+from tunewright.data.batches import Examples
+from tunewright.engine import callbacks as watching
+from tunewright.engine.distributed import choose_device, choose_threads, peak_memory
+from tunewright.engine.evaluate import overall, predict_rows, score_rows
+from tunewright.engine.fit import Workplace, fit
+from tunewright.engine.precision import choose_precision
+from tunewright.errors import TunewrightError
+from tunewright.models.surgery import count_parameters
+from tunewright.recipe import Recipe
+from tunewright.rundir import RunDir, fresh_path
+from tunewright.runs import checking
+from tunewright.runs.evidence import gather
+from tunewright.runs.evidence.verdict import visible_sentence
+from tunewright.runs.report.card import write_card
+from tunewright.runs.report.page import write_report
+
+Say = Callable[[str], None]
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    again: bool = False,
+    callbacks: Sequence[Callback] = (),
+    say: Say = lambda text: print(text, file=sys.stderr),
+    quiet: bool = False,
+) -> RunDir:
+    """Train, measure and report; continue where a killed run stopped; leave a finished one alone.
+
+    Raises UserError for everything that is wrong with recipe, data, base or folder, before the first step.
+    """
+    if again and out.exists():
+        out = fresh_path(out)
+        say(f"A fresh folder: {out}")
+    prepared = checking.prepare(recipe)
+    run = RunDir.create(out, recipe)
+    if run.finished:
+        say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
+        return run
+    with run.locked():
+        (run.path / "error.txt").unlink(missing_ok=True)
+        try:
+            _train(run, prepared, callbacks, say, quiet)
+        except Exception as error:
+            text = str(error) if isinstance(error, TunewrightError) else traceback.format_exc()
+            (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
+            raise
+    return run
+
+
+def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callback], say: Say, quiet: bool) -> None:
+    recipe, data, method = prepared.recipe, prepared.data, prepared.method
+    place = _workplace(run, recipe, say)
+    task, loaded = checking.load(prepared)
+    steps = checking.planned_steps(prepared, task, loaded)
+    chosen = checking.settings(prepared, steps)
+    for sentence in (*data.notes, *loaded.notes, *chosen, visible_sentence(len(data.test))):
+        say(sentence)
+    facts = data.facts | checking.lengths(steps.examples) | {"settings": [*loaded.notes, *chosen]}
+    run.write_json("data.json", facts)
+    recipe.write(
+        run.path / "recipe.yaml", {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
+    )
+
+    began = time.perf_counter()
+    watchers = [watching.Log(run, recipe.train.logging_steps), watching.Progress(quiet), *callbacks]
+    state, model = fit(
+        task, method, loaded, steps, recipe.train, run, digest=recipe.digest(), workplace=place,
+        evaluate=_validation(task, loaded, prepared), callbacks=watchers, seed=recipe.seed, say=say,
+    )  # fmt: skip
+    if state.stop:
+        say(state.stop)
+    seconds = state.seconds or time.perf_counter() - began
+    _save_model(run, task, method, model, loaded, recipe)
+    if not (run.path / "evidence.json").is_file():  # the test rows are opened once
+        evidence = _evidence(run, task, model, loaded, prepared, quiet)
+        evidence["cost"] = _cost(model, state, seconds, place)
+        _write_solved(run, state)
+        run.write_json("evidence.json", evidence)
+    write_report(run.path)
+    write_card(run.path)
+    verdict = run.read_json("evidence.json")["verdict"]
+    say(f"\n{verdict['sentence']}\nReport: {run.path / 'report.html'}")
+
+
+# --------------------------------------------------------------------- before
+def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
+    """Device, threads and precision: chosen at the first start, taken from the record afterwards."""
+    file = run.path / "environment.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    device, why_device = choose_device()
+    if stored and stored["device"] != device.type:
+        say(f"This run began on {stored['device']} and continues on {device.type}: its last digits will differ.")
+        stored = {}
+    threads, why_threads = choose_threads(stored.get("threads"))
+    torch.set_num_threads(threads)
+    precision, why = choose_precision(recipe.train.precision, device, stored.get("precision"))
+    say(f"Device {device.type} ({why_device}), {threads} threads ({why_threads}), precision {precision} ({why}).")
+    if not stored:
+        import peft
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+        stored = {
+            "tunewright": tunewright.__version__, "python": platform.python_version(), **versions,
+            "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
+            "precision": precision, "precision_reason": why, "seed": recipe.seed, **_commit(),
+        }  # fmt: skip
+        run.write_json("environment.json", stored)
+    return Workplace(device, precision)
+
+
+def _commit() -> dict[str, str]:
+    """The commit of the folder the user works in, if there is one."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+
+
+def _validation(task: Task, loaded: Loaded, prepared: checking.Prepared) -> Callable[[Any], dict[str, float]] | None:
+    records = prepared.data.validation
+    if not records:
+        return None
+    examples = Examples(records, lambda r: task.encode(r, loaded))
+    size = prepared.recipe.train.per_device_eval_batch_size
+
+    def evaluate(model: Any) -> dict[str, float]:
+        return overall(
+            task,
+            score_rows(task, predict_rows(task, model, loaded, examples, batch_size=size, validating=True), records),
+        )
+
+    return evaluate
+
+
+# ---------------------------------------------------------------------- after
+def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loaded, recipe: Recipe) -> None:
+    with run.whole_folder("model") as folder:
+        method.save(model, loaded, folder)
+        (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
+    run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
+
+
+def _evidence(
+    run: RunDir, task: Task, model: Any, loaded: Loaded, prepared: checking.Prepared, quiet: bool
+) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    recipe, data = prepared.recipe, prepared.data
+    size = recipe.train.per_device_eval_batch_size
+    with tqdm(
+        total=len(data.test), desc="held-out rows", unit="row", leave=False, disable=quiet, file=sys.stderr
+    ) as bar:
+        tuned = gather.tuned_answers(task, model, loaded, data.test, size, bar.update)
+    baseline, base = gather.base_answers(task, recipe.model, loaded, data.train, data.test, size)
+    gather.write_scores(run.path, task, data.test, base, tuned, "test")
+    lines = [
+        {"row": r["row"], "truth": task.truth(r), "base": b, "tuned": t}
+        for r, b, t in zip(data.test, base, tuned, strict=True)
+    ]
+    run.write_text("predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return gather.weigh(
+        task, loaded.labels, data.test, baseline, base, tuned,
+        margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed,
+    )  # fmt: skip
+
+
+def _cost(model: Any, state: State, seconds: float, place: Workplace) -> dict[str, Any]:
+    trainable, total = count_parameters(model)
+    cost = {
+        "train_seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(place.device),
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+    }
+    return cost | ({"items_per_second": round(state.seen / seconds, 3)} if state.seen and seconds else {})
+
+
+def _write_solved(run: RunDir, state: State) -> None:
+    if state.stop and not state.total:
+        run.write_json("solved.json", {"text": state.stop})
+
+
+def _usage(run: RunDir, task: Task, method: Method, loaded: Loaded, recipe: Recipe) -> dict[str, Any]:
+    """How to load the result without us; the report and the card print these lines, and a test runs them."""
+    processor = "AutoTokenizer" if hasattr(loaded.processor, "decode") else "AutoImageProcessor"
+    auto = task.auto_class
+    origin = loaded.origin
+    if method.standalone:
+        lines = [
+            f"from transformers import {auto}, {processor}",
+            f'model = {auto}.from_pretrained("model")',
+            f'processor = {processor}.from_pretrained("model")',
+        ]
+    else:
+        revision = f', revision="{origin["revision"]}"' if origin["revision"] else ""
+        lines = [
+            f"from transformers import AutoConfig, {auto}, {processor}",
+            "from peft import PeftModel",
+            'config = AutoConfig.from_pretrained("model")',
+            f'base = {auto}.from_pretrained("{origin["checkpoint"]}"{revision}, config=config, '
+            "ignore_mismatched_sizes=True)",
+            'model = PeftModel.from_pretrained(base, "model").eval()',
+            f'processor = {processor}.from_pretrained("model")',
+        ]
+    return {
+        "load": lines,
+        "predict": [f"tunewright predict {run.path.name} INPUT"],
+        "library": "transformers" if method.standalone else "peft",
+        "pipeline": task.pipeline,
+        "base": origin,
+        "labels": list(loaded.labels),
+        "task": recipe.task.name,
+        "method": recipe.method.name,
+        "name": run.path.name,
+    }
