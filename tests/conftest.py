@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; set before tr
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import csv
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def write_text_rows(path: Path, n: int, seed: int = 0) -> Path:
         writer.writerow(["text", "label"])
         for i in range(n):
             label = ["bad", "good"][i % 2]
-            words = rng.choices(BAD if label == "bad" else GOOD, k=5) + rng.sample("abcdefghijklmnop", rng.randint(2, 9))
+            words = rng.choices(BAD if label == "bad" else GOOD, k=5) + rng.sample(
+                "abcdefghijklmnop", rng.randint(2, 9)
+            )
             rng.shuffle(words)
             writer.writerow([" ".join(words), label])
     return path
@@ -55,9 +58,34 @@ def write_image_rows(folder: Path, n: int, seed: int = 0) -> Path:
     return folder
 
 
+def write_conversation_rows(path: Path, n: int, seed: int = 0) -> Path:
+    """JSONL of n different questions, five to nine words of one mood among letters; the answer names the mood twice."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for i in range(n):
+            mood = ["bad", "good"][i % 2]
+            words = rng.choices(BAD if mood == "bad" else GOOD, k=3) + rng.sample("abcdefghijklmnop", rng.randint(2, 6))
+            rng.shuffle(words)
+            row = {"prompt": " ".join(words), "completion": f"very {mood} {words[0]}"}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def same_answers(one: list[dict[str, Any]], two: list[dict[str, Any]], abs: float) -> None:
+    """Predictions of any task, equal in what they say: numbers within `abs`, everything else exactly."""
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert a
+        for key, value in a.items():
+            numbers = isinstance(value, float) or (isinstance(value, dict) and value)
+            assert value == (pytest.approx(b[key], abs=abs) if numbers else b[key]), key
+
+
 ROWS = {
     "text": lambda where, n, seed=0: write_text_rows(where / "rows.csv", n, seed),
     "image": lambda where, n, seed=0: write_image_rows(where / "rows", n, seed),
+    "conversation": lambda where, n, seed=0: write_conversation_rows(where / "rows.jsonl", n, seed),
 }
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -151,11 +152,32 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     report.add_argument("folder", metavar="RUN")
     compare = verb("compare", _compare, "runs side by side on the same held-out rows")
     compare.add_argument("folders", nargs="+", metavar="RUN")
-    demo = verb("demo", _demo, "a few minutes from nothing to a verdict: support tickets, two methods, two reports")
+    chat = verb("chat", _chat, "talk to a run's model: lines in, answers out, until an empty line")
+    chat.add_argument("folder", metavar="RUN")
+    chat.add_argument("--side-by-side", "--base-too", action="store_true", help="let the base answer each line as well")
+    chat.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="longest answer (default: 256)")
+    chat.add_argument("--base", help="where the base lies now, if it was moved")
+    init = verb("init", _init, "look at a data file or folder and write a commented recipe for it")
+    init.add_argument("data", metavar="DATA", help="a file, a folder, or a hub id: org/name, org/name#config:split")
+    init.add_argument("--model", help="the base: a folder or a hub id (default: a small one that suits)")
+    init.add_argument("--task", help="what to learn (default: what the columns suggest)")
+    init.add_argument("-o", "--output", default="recipe.yaml", help="the recipe's file (default: recipe.yaml)")
+    init.add_argument("--force", action="store_true", help="write over an existing file")
+    verb("doctor", _doctor, "versions, device, missing extras, and self-tests of what training rests on")
+    shell = verb("completion", _completion, "print a script that completes verbs, options and files in your shell")
+    shell.add_argument("shell", choices=("bash", "zsh", "fish"))
+    demo = verb("demo", _demo, "a few minutes from nothing to a verdict: support tickets, and pictures as a smoke test")
     demo.add_argument("--out", default="runs/demo", help="folder for the runs (default: runs/demo)")
     verb("tasks", lambda o: _list(o, "tasks"), "what can be learned")
     verb("methods", lambda o: _list(o, "methods"), "how a model can be adapted")
     return parser, verbs.choices
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("1 or more")
+    return number
 
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Any, str | None]:
@@ -261,9 +283,14 @@ def _predict(options: argparse.Namespace) -> int:
     if written and not options.json:
         _say(f"{len(answers)} rows with their answers: {written}")
         return 0
-    text = "\n".join(f"{a['row']}\t{a['label']}\t{a['score']:.3f}" if "label" in a else json.dumps(a) for a in answers)
+    text = "\n".join(f"{a['row']}\t{a['label']}\t{a['score']:.3f}" if "label" in a else _said(a) for a in answers)
     _result(options, answers, text)
     return 0
+
+
+def _said(answer: dict[str, Any]) -> str:
+    """An answer that is no label: its text alone, or everything."""
+    return answer["text"] if "text" in answer else json.dumps(answer, ensure_ascii=False)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -282,6 +309,67 @@ def _compare(options: argparse.Namespace) -> int:
 
     table = compare([Path(folder) for folder in options.folders])
     _result(options, table, as_text(table))
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from tunewright.uses.chatting import chat
+
+    def write(text: str) -> None:
+        if not options.json:
+            print(_printable(text), end="", flush=True)
+
+    exchanges = chat(
+        Path(options.folder), _asked(), write=write, say=_say, side_by_side=options.side_by_side,
+        max_new_tokens=options.max_new_tokens, base=options.base,
+    )  # fmt: skip
+    found = []
+    try:
+        for exchange in exchanges:
+            found.append(exchange)
+    except KeyboardInterrupt:  # how people leave a conversation
+        write("\n")
+    if options.json:
+        print(_json(found))
+    return 0
+
+
+def _asked() -> Iterator[str]:
+    """Lines of stdin; with a prompt where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def _init(options: argparse.Namespace) -> int:
+    from tunewright.uses.starting import start
+
+    found = start(options.data, model=options.model, task=options.task, out=Path(options.output), force=options.force)
+    for guess in found["guesses"]:
+        _say(f"Guessed: {guess}.")
+    for fault in found["faults"]:
+        _say(f"Still in the way: {fault}")
+    _result(options, found, f"{found['recipe']}\nNext: tunewright check {found['recipe']}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from tunewright.uses.doctor import as_text, doctor
+
+    found = doctor()
+    _result(options, found, as_text(found))
+    return 0 if found["ok"] else 1
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from tunewright.uses.completion import completion
+
+    script = completion(_parser()[0], options.shell)
+    _result(options, {"shell": options.shell, "script": script}, script)
     return 0
 
 

@@ -39,7 +39,8 @@ class Baseline:
 class Field:
     """A column that a task reads.
 
-    kind: how it is checked and read; a name in data/inspection.py ("text", "label", "image").
+    kind: how it is checked and read; a name in data/inspection.py ("text", "label", "image", "conversation"). A kind
+        that is made of several columns says so in data/columns.py.
     aliases: other names under which people keep it; a guess from them is always reported.
     """
 
@@ -140,6 +141,9 @@ class Task(ABC):
     needs_reference: ClassVar[bool] = False  # True: `prepare` will ask for the start policy
     dropout: ClassVar[bool] = True  # False: every dropout is off, functional ones too (DPO)
     couples_rows: ClassVar[bool] = False  # True: rows of a batch see each other (contrastive); the cut then matters
+    # True: a training example is one sequence, "input_ids" and "labels" (T,), whose loss goes through causal_logprob
+    # alone; the engine may then lay several end to end. Its loss and weights read no other key of the batch.
+    packs: ClassVar[bool] = False
 
     @abstractmethod
     def load(self, spec: ModelSpec, labels: Sequence[str] = ()) -> Loaded:
@@ -150,7 +154,11 @@ class Task(ABC):
         """
 
     def rows(self, loaded: Loaded, records: Sequence[Record]) -> Sequence[Record]:
-        """Rows to train on, made once before encoding (prior images, replay). Default: as given."""
+        """Rows to train on, made once before encoding (prior images, replay). Default: as given.
+
+        May leave rows out that cannot be learnt from, and says in `loaded.notes` why, how many and which; data.json and
+        `check` list them under "left_out". A row made from a record keeps its "where".
+        """
         return records
 
     def fit_to(self, records: Sequence[Record]) -> Task:

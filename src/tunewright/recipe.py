@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ import yaml
 
 from tunewright.errors import Fault, RecipeError, nearest
 from tunewright.find import fits, spell
+
+HUB_DATA = re.compile(r"\w[\w.-]*/[\w.-]+(#[\w.-]+)?(:\w[\w:%+.\[\]-]*)?")  # org/name#config:split
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    train: str  # a file or folder
+    train: str  # a file, a folder or a hub id: org/name, org/name:split, org/name#config:split
     validation: str | None = None
     test: str | None = None
     format: str | None = None  # a file in data/readers; None: by suffix
@@ -59,6 +62,7 @@ class TrainSpec:
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of the forward pass; what trains is stored in float32
     train_batch_norm: bool = False  # True: statistics move, and updates depend on how a step is cut
     gradient_checkpointing: bool = False
+    packing: bool | None = None  # sequences laid end to end instead of padded; None: where the model's self-test passes
     save_steps: int = 200
     save_total_limit: int = 2  # newest checkpoints kept; the best one is kept besides
     eval_steps: int = 200
@@ -69,6 +73,15 @@ class TrainSpec:
 @dataclass(frozen=True)
 class EvaluateSpec:
     margin: float = 0.02  # the smallest change of the first metric that matters to you; never derived from n
+    # rows of the same task that stand for what must not be lost: one file, or name -> file
+    general: str | dict[str, str] | None = None
+
+    @property
+    def general_sets(self) -> dict[str, str]:
+        """Name -> file; a single file is called by its own name."""
+        if isinstance(self.general, str):
+            return {Path(self.general).stem: self.general}
+        return dict(self.general or {})
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,11 @@ class Recipe:
         """Relative paths that exist beneath `folder` made absolute; hub ids stay as they are."""
         data = {k: getattr(self.data, k) for k in ("train", "validation", "test")}
         data = {k: str(_rooted(folder, v)) for k, v in data.items() if v is not None}
+        general = self.evaluate.general
+        if isinstance(general, str):
+            general = str(_rooted(folder, general))
+        elif general is not None:
+            general = {name: str(_rooted(folder, place)) for name, place in general.items()}
         checkpoint = self.model.checkpoint
         local = _rooted(folder, checkpoint)
         if local.is_dir() or checkpoint.startswith((".", "/", "~")):
@@ -176,6 +194,7 @@ class Recipe:
             self,
             data=dataclasses.replace(self.data, **data),
             model=dataclasses.replace(self.model, checkpoint=checkpoint),
+            evaluate=dataclasses.replace(self.evaluate, general=general),
         )
 
     def tree(self) -> dict[str, Any]:
@@ -196,6 +215,11 @@ class Recipe:
         tree = self.tree()
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
+        general = tree["evaluate"]["general"]
+        if isinstance(general, dict):
+            tree["evaluate"]["general"] = {name: Path(place).name for name, place in general.items()}
+        elif general:
+            tree["evaluate"]["general"] = Path(general).name
         if Path(tree["model"]["checkpoint"]).is_absolute():
             tree["model"]["checkpoint"] = Path(tree["model"]["checkpoint"]).name
         # `3` and `3.0` are one value: JSON would tell them apart
@@ -482,6 +506,8 @@ def _rooted(folder: Path, place: str) -> Path:
     """Beside the recipe if it exists there, else from where the command was started."""
     path = Path(place).expanduser()
     beside = (folder / path).resolve()
+    if not beside.exists() and not path.exists() and HUB_DATA.fullmatch(place):
+        return path  # perhaps a hub id, which means the same everywhere
     return beside if beside.exists() else path.resolve()
 
 

@@ -43,7 +43,7 @@ class Examples(Sequence[Example]):
 
 
 class Steps(Sequence[list[Batch]]):
-    """`steps[i]`: the micro-batches of optimiser step i. The same whatever came before it."""
+    """`steps[i]`: this process's micro-batches of optimiser step i. The same whatever came before it."""
 
     def __init__(
         self,
@@ -56,9 +56,12 @@ class Steps(Sequence[list[Batch]]):
         accumulation: int,
         epochs: float,
         max_steps: int | None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
+        """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none."""
         self.examples, self._collate, self._augment = examples, collate, augment
-        self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation
+        self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation * share[1]
+        self._share = share
         self.per_epoch = math.ceil(len(examples) / self._rows)
         self._total = max_steps or max(1, round(epochs * self.per_epoch))
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -75,8 +78,13 @@ class Steps(Sequence[list[Batch]]):
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.examples)))
         chosen = self._order[1][place * self._rows : (place + 1) * self._rows]
-        examples = [self._augment(e, self._generator(epoch, e["row"])) for e in (self.examples[int(i)] for i in chosen)]
-        return [self._collate(examples[i : i + self.batch_size]) for i in range(0, len(examples), self.batch_size)]
+        cut = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+        rank, size = self._share
+        return [self._collate([self._drawn(epoch, int(i)) for i in rows]) for rows in cut[rank::size]]
+
+    def _drawn(self, epoch: int, index: int) -> Example:
+        example = self.examples[index]
+        return self._augment(example, self._generator(epoch, example["row"]))
 
     def _generator(self, epoch: int, row: str) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self._seed, epoch, row))

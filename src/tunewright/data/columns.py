@@ -2,6 +2,7 @@
 
 The recipe's word comes first, then the exact name, the name in other case, the names people use, and last a guess by
 shape where only one column can be meant. A name that is nearly right is never guessed: it is asked about.
+A kind may be made of several columns (FORMATS): the recipe then maps its parts by their names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunewright.data.raw import Table, shown
+from tunewright.data import chat
+from tunewright.data.raw import RawRow, Table, shown
 from tunewright.errors import Fault, nearest
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 MANY_CLASSES = 50  # past this, and with more than half of the rows each its own: no label
 LOOKED_AT = 1000  # rows whose values decide the shape
+FORMATS = {"conversation": chat.FORMATS, "opening": chat.OPENINGS}  # kinds made of several columns
 
 
 def match(
@@ -25,16 +28,20 @@ def match(
     """(task field -> column, notes on all that is not the exact name, faults)."""
     found: dict[str, str] = {}
     notes: list[str] = []
-    faults = [_no_field(key, fields) for key in given if key not in fields]
+    known = names(fields)
+    faults = [_no_field(key, known) for key in given if key not in known]
     for key in fields:
-        if key in given and given[key] in table.columns:
+        if fields[key].kind in FORMATS:
+            parts, said, wrong = _match_format(fields[key].kind, table, name, given)
+            found, notes, faults = found | parts, notes + said, faults + wrong
+        elif key in given and given[key] in table.columns:
             found[key] = given[key]
         elif key in given:
             faults.append(_no_column(key, given[key], table, name))
         elif column := _by_name(key, fields[key].aliases, table.columns):
             found[key] = column
             notes += [] if column == key else [f'column "{column}" is read as {key}']
-    lost = [key for key in fields if key not in found and key not in given]
+    lost = [key for key in fields if key not in found and key not in given and fields[key].kind not in FORMATS]
     if lost and table.doubt:
         return found, notes, [*faults, table.doubt]
     for key in lost:
@@ -82,8 +89,78 @@ def _like_image(values: Sequence[Any]) -> bool:
 SHAPES: dict[str, Callable[[Sequence[Any]], bool]] = {"text": _like_text, "label": _like_label, "image": _like_image}
 
 
-def _no_field(key: str, fields: Mapping[str, Field]) -> Fault:
-    known = list(fields)
+# ------------------------------------------------------- kinds of several columns
+def names(fields: Mapping[str, Field]) -> list[str]:
+    """What `data.columns` may map: the fields, and in place of a field made of several columns its parts."""
+    return [
+        name for key, field in fields.items() for name in (names_of(field.kind) if field.kind in FORMATS else [key])
+    ]
+
+
+def _match_format(
+    kind: str, table: Table, name: str, given: Mapping[str, str]
+) -> tuple[dict[str, str], list[str], list[Fault]]:
+    """(part -> column, notes, faults) of the one format in which all rows are written."""
+    known = {part for shape in FORMATS[kind] for part in shape.parts}
+    given = {part: column for part, column in given.items() if part in known}
+    if lost := [part for part, column in given.items() if column not in table.columns]:
+        return {}, [], [_no_column(part, given[part], table, name) for part in lost]
+    fitting = {}
+    for shape in FORMATS[kind]:
+        found = {
+            part: given.get(part) or _by_name(part, chat.ALIASES.get(part, ()), table.columns) for part in shape.parts
+        }
+        if given.keys() <= set(shape.parts) and all(found[part] for part in shape.needs):
+            fitting[shape.name] = {part: column for part, column in found.items() if column}
+    if not fitting:
+        return {}, [], [table.doubt or _no_format(kind, given, table, name)]
+    needs = {shape.name: shape.needs for shape in FORMATS[kind]}
+    rows: dict[str, list[RawRow]] = {}
+    for row in table.rows:
+        there = (f for f, columns in fitting.items() if all(row.values.get(columns[p]) is not None for p in needs[f]))
+        rows.setdefault(next(there, ""), []).append(row)
+    used = [shape for shape in rows if shape] or [next(iter(fitting))]
+    if len(used) > 1:
+        return {}, [], [_mixed({shape: rows[shape] for shape in used}, name)]
+    columns = fitting[used[0]]
+    said = ", ".join(part if part == column else f'{part} ("{column}")' for part, column in columns.items())
+    return columns, [f"rows are read as {used[0]}: {said}"], []
+
+
+def _no_format(kind: str, given: Mapping[str, str], table: Table, name: str) -> Fault:
+    ways = "; ".join(" and ".join(shape.needs) for shape in FORMATS[kind])
+    folded = {column.casefold(): column for column in table.columns}
+    meant = {
+        part: given.get(part) or next((folded[n] for n in (part, *others) if n in folded), "")
+        for part, others in chat.MAPPABLE.items()
+    }
+    remedy = next((near for column in table.columns if (near := nearest(column, names_of(kind)))), "")
+    if all(meant.values()):
+        remedy = "Are these they? " + " ".join(f"data.columns.{part}={column}" for part, column in meant.items())
+    return Fault(
+        "the columns are no known way to write conversations" + (f" with {', '.join(given)}" if given else ""),
+        where=name,
+        expected=f"one of: {ways}",
+        got=f"the columns {shown(table.columns, 30)}",
+        remedy=remedy or "Map them: data.columns.prompt=... data.columns.completion=...",
+    )
+
+
+def names_of(kind: str) -> list[str]:
+    return list(dict.fromkeys(part for shape in FORMATS[kind] for part in shape.parts))
+
+
+def _mixed(rows: Mapping[str, Sequence[RawRow]], name: str) -> Fault:
+    got = "; ".join(
+        f"{shape}: {len(found)} row{'s' if len(found) > 1 else ''} ({shown([row.where for row in found], 3)})"
+        for shape, found in rows.items()
+    )
+    remedy = "Split the file by format, or name the columns of one of them under data.columns."
+    return Fault("rows are written in different formats", name, expected="one format in a file", got=got, remedy=remedy)
+
+
+# ---------------------------------------------------------------------- faults
+def _no_field(key: str, known: list[str]) -> Fault:
     return Fault(
         f'the task has no field "{key}"',
         where=f"data.columns.{key}",

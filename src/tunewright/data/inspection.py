@@ -1,6 +1,7 @@
 """Whether values can be learnt from: each by its kind, then labels, copies and overlaps over whole sets.
 
-Knows kinds (text, label, image), never a task. Faults carry the row and the field; what is merely odd is counted.
+Knows kinds (text, label, image, conversation), never a task. Faults carry the row and the field; what is merely odd
+is counted.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunewright.data.columns import MANY_CLASSES
-from tunewright.data.raw import RawRow, natural, short, shown
+from tunewright.data import chat
+from tunewright.data.columns import FORMATS, MANY_CLASSES
+from tunewright.data.raw import BadValue, RawRow, Remarks, natural, short, shown, spoken
 from tunewright.errors import Fault, nearest
 
 if TYPE_CHECKING:
@@ -24,17 +26,6 @@ if TYPE_CHECKING:
 MOST_PIXELS = 64_000_000  # 8000 x 8000: larger files are scans to be cut up, or bombs
 LEAST_SIDE = 8  # pixels; below this there is nothing to see
 FEW_ROWS = 5  # a class with fewer is noted
-SPOKEN = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "a truth value", str: "a text"}
-
-Remarks = Counter[tuple[str, str]]  # (sentence with {} for the details, detail) -> rows it is said of
-
-
-class BadValue(Exception):
-    """A value that its kind refuses; becomes a Fault where row and field are known. `problem` holds no value."""
-
-    def __init__(self, problem: str, *, expected: str = "", got: str = "", remedy: str = "") -> None:
-        super().__init__(problem)
-        self.problem, self.expected, self.got, self.remedy = problem, expected, got, remedy
 
 
 # ------------------------------------------------------------------ one value
@@ -120,7 +111,16 @@ def _too_large(got: str) -> BadValue:
     return BadValue("the image is too large", expected=most, got=got, remedy="Scale it down.")
 
 
-KINDS: dict[str, Callable[[Any, Path, Remarks], str]] = {"text": text, "label": label, "image": image}
+KINDS: dict[str, Callable[[Any, Path, Remarks], Any]] = {
+    "text": text,
+    "label": label,
+    "image": image,
+    "conversation": chat.conversation,
+    "opening": chat.opening,
+}
+UNANSWERED = {"conversation": "opening"}  # kinds that hold question and answer, and what they are without the answer
+FROM_TEXT: dict[str, Callable[[str], Any]] = {"conversation": chat.from_text}  # what somebody types, as this kind
+AS_TEXT: dict[str, Callable[[Any], str]] = {"text": str, "conversation": chat.as_text}  # the question, for people
 
 
 # ------------------------------------------------------- what makes rows copies
@@ -132,7 +132,11 @@ def _image_key(value: str) -> str:
     return hashlib.sha256(Path(value).read_bytes()).hexdigest()
 
 
-KEYS: dict[str, Callable[[str], str]] = {"text": _text_key, "image": _image_key}  # a label is no content
+KEYS: dict[str, Callable[[Any], str]] = {  # a label is no content, nor is an answer
+    "text": _text_key,
+    "image": _image_key,
+    "conversation": lambda messages: _text_key(chat.key_text(messages)),
+}
 
 
 def content_key(record: Record, fields: Mapping[str, Field]) -> str:
@@ -147,15 +151,22 @@ def check_row(
     """(the task's fields with tidy values, faults); a field with a fault is absent."""
     values: dict[str, Any] = {}
     faults = []
-    for name, column in columns.items():
+    for name, field in fields.items():
         try:
-            if column not in row.values:
-                there = f"only {short(', '.join(row.values))}"
-                raise BadValue("the field is missing", expected=f'a field "{column}"', got=there)
-            values[name] = KINDS[fields[name].kind](row.values[column], root, remarks)
+            if field.kind in FORMATS and (parts := columns.keys() - fields.keys()):
+                values[name] = KINDS[field.kind]({p: row.values.get(columns[p]) for p in parts}, root, remarks)
+            elif name in columns:
+                values[name] = KINDS[field.kind](_value(row, columns[name]), root, remarks)
         except BadValue as bad:
             faults.append(Fault(bad.problem, row.where, name, bad.expected, bad.got, bad.remedy))
     return values, faults
+
+
+def _value(row: RawRow, column: str) -> Any:
+    if column not in row.values:
+        there = f"only {short(', '.join(row.values))}"
+        raise BadValue("the field is missing", expected=f'a field "{column}"', got=there)
+    return row.values[column]
 
 
 def remark_notes(remarks: Remarks) -> list[str]:
@@ -168,11 +179,6 @@ def remark_notes(remarks: Remarks) -> list[str]:
         for sentence, parts in said.items()
         if parts
     ]
-
-
-def spoken(value: Any) -> str:
-    """A value with its kind in words: `a number (5)`."""
-    return f"{SPOKEN.get(type(value), type(value).__name__)} ({short(value)})"
 
 
 # ------------------------------------------------------------------ whole sets

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,17 @@ BOMS = (  # the longer ones first: the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16", "UTF-16"),
     (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
 )
+
+SPOKEN = {dict: "an object", list: "a list", int: "a number", float: "a number", bool: "a truth value", str: "a text"}
+Remarks = Counter[tuple[str, str]]  # (sentence with {} for the details, detail) -> rows it is said of
+
+
+class BadValue(Exception):
+    """A value that its kind refuses; becomes a Fault where row and field are known. `problem` holds no value."""
+
+    def __init__(self, problem: str, *, expected: str = "", got: str = "", remedy: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.expected, self.got, self.remedy = problem, expected, got, remedy
 
 
 @dataclass(slots=True)
@@ -44,6 +58,7 @@ class Table:
     faults: list[Fault] = field(default_factory=list)  # of the source as a whole
     broken: dict[str, Fault] = field(default_factory=dict)  # rows that could not be read, by id; not in `rows`
     doubt: Fault | None = None  # why a column may seem to be missing; reported only if one is
+    sha256: str = ""  # of the rows, where they came from no file whose bytes could be hashed
 
 
 def read_text(path: Path) -> tuple[str, list[str], list[Fault]]:
@@ -106,6 +121,24 @@ def natural(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
+def plain(value: Any) -> Any:
+    """A value of a typed table as JSON knows it: text, number, truth value, null, list or object.
+
+    Dates become ISO text, exact decimals their digits as text. Raises UnicodeDecodeError for bytes that are no UTF-8.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, (date, datetime, time)):
+        return value.isoformat()
+    if isinstance(value, (Decimal, timedelta)):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
 def shown(values: Sequence[str], most: int = 8) -> str:
     """A list for people: the first few, the rest counted."""
     more = f" and {len(values) - most} more" if len(values) > most else ""
@@ -116,3 +149,8 @@ def short(value: Any, most: int = 60) -> str:
     """A value in one line that never floods the screen."""
     text = " ".join(str(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def spoken(value: Any) -> str:
+    """A value with its kind in words: `a number (5)`."""
+    return f"{SPOKEN.get(type(value), type(value).__name__)} ({short(value)})"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunewright.data import inspection
+from tunewright.data.columns import names
 from tunewright.data.raw import Table
 from tunewright.data.sources import SPLITS, Source, file_facts, name_apart, open_source, read_rows
 from tunewright.data.split import split
@@ -85,14 +86,18 @@ def read_inputs(
     columns: Mapping[str, str],
     format: str | None = None,
     required: Sequence[str],
+    answered: bool = True,
 ) -> tuple[list[Record], Table, list[Fault]]:
     """Rows to predict: only `required` fields are asked for, all other columns stay in "extra".
 
+    answered: False where a field that holds question and answer may lack the answer.
     The table is what was read, so that it can be written again with columns added.
     """
     source = open_source("input", str(path), format)
     wanted = {name: f for name, f in fields.items() if name in required}
-    read_rows(source, wanted, {k: v for k, v in columns.items() if k in wanted}, None)
+    if not answered:
+        wanted = {name: replace(f, kind=inspection.UNANSWERED.get(f.kind, f.kind)) for name, f in wanted.items()}
+    read_rows(source, wanted, {k: v for k, v in columns.items() if k in names(wanted)}, None)
     source.table.notes = source.notes
     return source.records, source.table, source.faults + [fault for found in source.bad.values() for fault in found]
 
@@ -127,7 +132,8 @@ def _settle_inner_splits(source: Source, given: Sequence[str]) -> None:
     inner = {row.split for row in source.table.rows} - {""}
     if inner and source.split != "train":
         problem = "the folder is itself split into train/ and others"
-        remedy = f"Name the folder inside it: data.{source.split}={source.path / 'test'}"
+        inside = source.path / "test" if source.path.is_dir() else f"{source.path}:test"
+        remedy = f"Name the part of it that is meant: data.{source.split}={inside}"
         source.faults.append(Fault(problem, f"data.{source.split}", remedy=remedy))
     for other in sorted(inner & set(given) - {source.split}):
         rows = [record for record in source.records if source.splits[record["row"]] == other]

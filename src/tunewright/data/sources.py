@@ -19,6 +19,7 @@ from tunewright.data import inspection
 from tunewright.data.columns import match
 from tunewright.data.raw import RawRow, Table, shown
 from tunewright.errors import Fault, nearest
+from tunewright.recipe import HUB_DATA
 
 if TYPE_CHECKING:
     from tunewright.contracts import Field, Record
@@ -63,10 +64,11 @@ def open_source(split_name: str, place: str, format: str | None) -> Source:
     path = Path(place)
     where = f"data.{split_name}" if split_name in SPLITS else split_name
     source = Source(split_name, path, format or "", Table(root=path.parent))
-    if not path.exists():
+    on_hub = not path.exists() and (format == "hub" or _is_hub_id(path))
+    if not (path.exists() or on_hub):
         source.faults.append(_missing(where, place, path))
         return source
-    source.format, fault = _format(path, format, where)
+    source.format, fault = _format(path, "hub" if on_hub else format, where)
     if fault:
         source.faults.append(fault)
         return source
@@ -88,6 +90,8 @@ def _format(path: Path, format: str | None, where: str) -> tuple[str, Fault | No
             remedy=nearest(format, known),
         )
         return format, None if format.replace("_", "-") in known else unknown
+    if path.is_dir() and (own := next((name for name in known if _reader_claims(name, path)), "")):
+        return own, None
     suffix = "/" if path.is_dir() else path.suffix.lower()
     offers = {name: suffixes(name) for name in known}
     name = next((name for name, suffixes in offers.items() if suffix in suffixes), "")
@@ -99,6 +103,21 @@ def _format(path: Path, format: str | None, where: str) -> tuple[str, Fault | No
         got=path.name,
         remedy=f"Save it in one of these, or name what it is: data.format={known[-1]}",
     )
+
+
+def _reader_claims(name: str, folder: Path) -> bool:
+    """A reader may know its folders by what lies in them: it then has a function `claims`."""
+    module = importlib.import_module(f"tunewright.data.readers.{name.replace('-', '_')}")
+    return hasattr(module, "claims") and module.claims(folder)
+
+
+def _is_hub_id(path: Path) -> bool:
+    """Whether a path that leads nowhere is meant as `org/name#config:split` and not as a file that is missing.
+
+    It is a missing file where `org` is a folder here, or where the name ends like a file that a reader knows.
+    """
+    known = {suffix for name in find.names("data/readers") for suffix in suffixes(name)}
+    return bool(HUB_DATA.fullmatch(str(path))) and not path.parent.is_dir() and path.suffix.lower() not in known
 
 
 def suffixes(name: str) -> tuple[str, ...]:
@@ -176,7 +195,7 @@ def file_facts(source: Source) -> dict[str, Any]:
         "file": source.name,
         "split": "+".join(s for s in SPLITS if s in {source.splits[r["row"]] for r in source.records}) or source.split,
         "format": source.format,
-        "sha256": fingerprint(source.path),
+        "sha256": source.table.sha256 or fingerprint(source.path),
         "rows_read": source.num_read,
         "rows_kept": len(source.records),
         "dropped": dict(source.dropped),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tunewright.contracts import Example, Loaded, Prediction, Record, Task
-from tunewright.engine.distributed import to_device
+from tunewright.engine.distributed import split_rows, to_device
 from tunewright.engine.precision import compute_in
 
 Show = Callable[[int], object]
@@ -25,24 +25,27 @@ def predict_rows(
     progress: Show | None = None,
     validating: bool = False,
 ) -> list[Prediction]:
-    """One prediction per example, in their order, whatever the batch size.
+    """One prediction per example, in their order, whatever the batch size and the number of ranks.
 
     Rows of like length share a batch, so that little is padded; padding is masked, so that it does not show.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].get("length", 0))
-    answers: list[Prediction] = [{}] * len(examples)
+    answer = task.validate if validating else task.predict
+
+    def ask(chosen: Sequence[int]) -> list[Prediction]:
+        found: list[Prediction] = []
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
+            found += answer(model, to_device(task.collate([examples[i] for i in rows]), device), loaded)
+            if progress:
+                progress(len(rows))
+        return found
+
     model.eval()
     with torch.inference_mode(), compute_in("bf16" if device.type == "cuda" else "float32", device):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = to_device(task.collate([examples[i] for i in chosen]), device)
-            answer = task.validate if validating else task.predict
-            for i, prediction in zip(chosen, answer(model, batch, loaded), strict=True):
-                answers[i] = prediction
-            if progress:
-                progress(len(chosen))
-    return answers
+        answers = split_rows(order, ask)
+    return [answers[place] for place in sorted(range(len(order)), key=lambda place: order[place])]
 
 
 def score_rows(task: Task, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:

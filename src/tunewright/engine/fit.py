@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from tunewright.contracts import Batch, Callback, Loaded, Method, Precision, State, Task
 from tunewright.data.batches import Steps, derive_seed
 from tunewright.engine import checkpoint, optimizers, schedules
-from tunewright.engine.distributed import synchronize, to_device
+from tunewright.engine.distributed import (
+    from_first,
+    gathered,
+    is_first,
+    same_weights,
+    share,
+    sum_gradients,
+    synchronize,
+    to_device,
+    total,
+)
 from tunewright.engine.precision import compute_in
 from tunewright.errors import Fault, TrainError
 from tunewright.models.surgery import set_mode
@@ -61,7 +71,7 @@ def fit(
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
     state = State(total=len(steps))
-    found, skipped = checkpoint.latest(run, digest)
+    found, skipped = from_first(lambda: checkpoint.latest(run, digest))
     for sentence in skipped:
         say(sentence)
     if found is None and (solved := method.start(model, task, loaded, steps.once_over())):
@@ -76,6 +86,7 @@ def fit(
     if found is not None:
         restore(model, optimizer, found)
         say(f"Continuing after step {state.step} of {state.total} (checkpoint {found.name}).")
+    same_weights(model)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     for callback in callbacks:
@@ -113,6 +124,7 @@ def fit(
             is_best = False
             if evaluate and (state.step % train.eval_steps == 0 or last):
                 is_best = judge(task, state, evaluate(model), train, callbacks)
+            state.stop = from_first(lambda: state.stop)  # callbacks watch on the first rank alone
             if (
                 state.step % train.save_steps == 0
                 or (is_best and train.early_stopping_patience)
@@ -141,30 +153,38 @@ def accumulate(
     place: Workplace,
     key: tuple[int, int],
 ) -> dict[str, float]:
-    """Gradients of one whole step. Counts come first, so that how the step is cut up never changes the update."""
-    counts: dict[str, float] = {}
+    """Gradients of one whole step, over all ranks. Counts come first, so that how it is cut never changes the update.
+
+    micro_batches: this rank's; there may be none.
+    """
+    own = {"": float(len(micro_batches))}  # their number, under a name that no term has
     for batch in micro_batches:
         for term, count in task.weights(batch).items():
-            counts[term] = counts.get(term, 0.0) + count
+            own[term] = own.get(term, 0.0) + count
+    counts = total(own)
+    num_micro = counts.pop("")
     empty = [term for term, count in counts.items() if count <= 0]
     if empty:
         raise TrainError(Fault(f"nothing to learn from: {', '.join(empty)} counts no item", where=f"step {key[1] + 1}"))
-    total = 0.0
+    cost = 0.0
     logs: dict[str, float] = {}
+    rank, size = share()
     for i, batch in enumerate(micro_batches):
-        torch.manual_seed(derive_seed(*key, i))  # dropout depends on the step, not on what ran before it
+        # dropout depends on the step and the place in it, not on what ran before or where
+        torch.manual_seed(derive_seed(*key, rank + i * size))
         with compute_in(place.precision, place.device):
             loss = task.loss(model, batch, loaded)
-        share = torch.stack([value.float() / counts[term] for term, value in loss.totals.items()]).sum()
-        share.backward()
-        total += share.item()
+        part = torch.stack([value.float() / counts[term] for term, value in loss.totals.items()]).sum()
+        part.backward()
+        cost += part.item()
         for name, value in loss.logs.items():
-            logs[name] = logs.get(name, 0.0) + value / len(micro_batches)
-    penalty = method.penalty(model)
+            logs[name] = logs.get(name, 0.0) + value / num_micro
+    penalty = method.penalty(model) if is_first() else None  # once a step
     if penalty is not None:
         penalty.backward()
         logs["penalty"] = penalty.item()
-    return {"loss": total, "items": float(max(counts.values())), **logs}
+    sum_gradients(model)
+    return total({"loss": cost, **logs}) | {"items": float(max(counts.values()))}
 
 
 def clip(model: nn.Module, limit: float) -> float:
@@ -177,7 +197,7 @@ def stop_unless_finite(logs: dict[str, float], state: State, micro_batches: Sequ
     """NaN must never pass as success: elsewhere it is logged as 0.0 and the run exits 0 (docs/facts.md)."""
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
     if bad:
-        rows = [row for batch in micro_batches for row in batch.get("row", [])]
+        rows = [row for rows in gathered([row for b in micro_batches for row in b.get("row", [])]) for row in rows]
         raise TrainError(
             Fault(
                 f"{' and '.join(bad)} not finite; the step was not taken and the last checkpoint stands",
@@ -207,6 +227,20 @@ def judge(task: Task, state: State, scores: dict[str, float], train: TrainSpec, 
 
 # ------------------------------------------------------------------- saving, resuming
 def save(
+    run: RunDir,
+    state: State,
+    digest: str,
+    method: Method,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: TrainSpec,
+) -> None:
+    if is_first():
+        write(run, state, digest, method, model, optimizer, train)
+    gathered(None)  # nobody runs ahead of a file
+
+
+def write(
     run: RunDir,
     state: State,
     digest: str,

@@ -53,6 +53,9 @@ class Head(Method):
         if not places:
             raise MethodError(Fault("this model has no head that could be trained alone", where="method head"))
         freeze(model, except_for=places)
+        if not any(p.requires_grad for p in model.parameters()):
+            problem = f"the head ({', '.join(places)}) shares its weights with the embedding, so it cannot train alone"
+            raise MethodError(Fault(problem, where="method head", remedy="Use method=lora or method=full."))
         return model
 
     def start(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> str | None:

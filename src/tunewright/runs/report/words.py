@@ -12,7 +12,9 @@ from typing import Any, TypeGuard
 MINUS = "\u2212"
 DIGITS = 3  # more digits than this claim a certainty that no test set of ours has
 UNKNOWN = "not measured"
-SHORT_FORMS = {form.lower(): form for form in ("F1", "AUC", "WER", "CER", "IoU", "KL", "ECE", "mAP", "SHA-256")}
+SHORT_FORMS = {form.lower(): form for form in ("F1", "AUC", "WER", "CER", "IoU", "KL", "ECE", "mAP", "SHA-256")} | {
+    "rougel": "ROUGE-L"
+}
 HYPHEN = re.compile(r"(?<![\w.,-])-(?=\d)")
 INTERVAL = re.compile(rf"([+{MINUS}]?\d[\d.,]*) to ([+{MINUS}]?\d)")
 

@@ -1,0 +1,65 @@
+"""Greedy answers of a causal language model: many prompts at once, cached, the same as one by one.
+
+Knows transformers' `generate` and token ids; no messages and no task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def generate(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Tensor], max_new_tokens: int, ends: Sequence[int] = ()
+) -> list[str]:
+    """The text that follows each prompt, up to its end token. prompts: (T,) int64 each, T >= 1."""
+    found = generate_ids(model, tokenizer, prompts, max_new_tokens, ends)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Tensor], max_new_tokens: int, ends: Sequence[int] = ()
+) -> list[list[int]]:
+    """New ids of each prompt, its end token included where it came; shorter than `max_new_tokens` only with one.
+
+    Prompts are padded on the left, so that all answers begin at the same place; transformers counts positions from the
+    mask. The model's own generation settings (temperature, penalties) play no part: the same prompt, the same answer.
+    """
+    from transformers import GenerationConfig
+
+    stops = list(ends) or [tokenizer.eos_token_id]
+    device = next(model.parameters()).device
+    longest = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt) :] = prompt
+        mask[i, longest - len(prompt) :] = 1
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops,
+        use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0,
+    )  # fmt: skip
+    out = model.generate(  # type: ignore[operator]
+        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+    )
+    found = []
+    for row in out[:, longest:].tolist():
+        end = next((place for place, i in enumerate(row) if i in stops), len(row) - 1)
+        found.append(row[: end + 1])  # behind the first end token stands padding only
+    return found
+
+
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether a token sees what comes after it, as in an encoder opened as a decoder: its loss would mean nothing."""
+    device = next(model.parameters()).device
+    was = model.training
+    model.eval()
+    with torch.inference_mode():
+        one, two = (model(torch.tensor([ids], device=device)).logits[0, :2] for ids in ([1, 2, 3, 4], [1, 2, 4, 3]))
+    model.train(was)
+    return not torch.allclose(one.float(), two.float(), atol=1e-3, rtol=1e-3)
