@@ -257,9 +257,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from tunewright.runs.answering import answer
 
-    answers, written = answer(Path(options.folder), options.input, options.base, options.output)
+    answers, written = answer(Path(options.folder), options.input, options.base, options.output, _say)
     if written and not options.json:
-        _say(f"{len(answers)} rows with their answers: {written}")
+        _say(f"{len(answers)} row{'s' if len(answers) > 1 else ''} with answers: {written}")
         return 0
     text = "\n".join(f"{a['row']}\t{a['label']}\t{a['score']:.3f}" if "label" in a else json.dumps(a) for a in answers)
     _result(options, answers, text)

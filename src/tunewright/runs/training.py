@@ -25,7 +25,7 @@ from tunewright.engine.distributed import choose_device, choose_threads, peak_me
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.engine.fit import Workplace, fit
 from tunewright.engine.precision import choose_precision
-from tunewright.errors import TunewrightError
+from tunewright.errors import Fault, RunError, TunewrightError
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir, fresh_path
@@ -56,6 +56,7 @@ def train(
         say(f"A fresh folder: {out}")
     prepared = checking.prepare(recipe)
     run = RunDir.create(out, recipe)
+    _same_data(run, prepared)
     if run.finished:
         say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
         return run
@@ -70,15 +71,37 @@ def train(
     return run
 
 
+def _same_data(run: RunDir, prepared: checking.Prepared) -> None:
+    """A recipe names places, not contents: where those have changed, this is another experiment."""
+    if not (run.path / "data.json").is_file():
+        return
+    before = {(file["split"], file["sha256"]) for file in run.read_json("data.json")["files"]}
+    now = prepared.data.facts["files"]
+    if changed := [file["file"] for file in now if (file["split"], file["sha256"]) not in before]:
+        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        raise RunError(Fault(f"began with other data: {', '.join(changed)} differs", str(run.path), remedy=remedy))
+
+
+def _same_base(run: RunDir, loaded: Loaded) -> None:
+    if not (run.path / "data.json").is_file():
+        return
+    before = run.read_json("data.json").get("base_sha256")
+    if before not in (None, loaded.origin["sha256"]):
+        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        raise RunError(Fault("began with another base: its weights differ", str(run.path), remedy=remedy))
+
+
 def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callback], say: Say, quiet: bool) -> None:
     recipe, data, method = prepared.recipe, prepared.data, prepared.method
     place = _workplace(run, recipe, say)
     task, loaded = checking.load(prepared)
+    _same_base(run, loaded)
     steps = checking.planned_steps(prepared, task, loaded)
     chosen = checking.settings(prepared, steps)
     for sentence in (*data.notes, *loaded.notes, *chosen, visible_sentence(len(data.test))):
         say(sentence)
     facts = data.facts | checking.lengths(steps.examples) | {"settings": [*loaded.notes, *chosen]}
+    facts["base_sha256"] = loaded.origin["sha256"]
     run.write_json("data.json", facts)
     recipe.write(
         run.path / "recipe.yaml", {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}

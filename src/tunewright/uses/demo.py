@@ -59,6 +59,6 @@ def demo(out: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
         lines.append(f"  report: {run.path / 'report.html'}")
     baseline = runs[0].read_json("evidence.json")["baseline"]
     lines.append(f'\n"before" is {baseline["name"]}: {baseline["text"]}.')
-    lines.append(f"Ask it: tunewright predict {runs[-1].path} \"the courier left it with a neighbour I don't know\"")
+    lines.append(f'Ask it: tunewright predict {runs[-1].path} "the courier left it with a neighbour I don\'t know"')
     lines.append(f"All in {time.perf_counter() - began:.0f} seconds.")
     return table | {"text": "\n".join(lines)}
