@@ -78,8 +78,10 @@ def _json(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters: text from data must not steer a terminal."""
-    return "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "?" for c in text)
+    """Without control characters, which would steer a terminal, and what stdout cannot spell escaped."""
+    tame = "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "?" for c in text)
+    coding = sys.stdout.encoding or "utf-8"
+    return tame.encode(coding, "backslashreplace").decode(coding)
 
 
 # --------------------------------------------------------------------- parsing

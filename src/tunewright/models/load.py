@@ -139,7 +139,8 @@ def _hub_problem(answer: Sequence[Any]) -> str:
     kind = type(answer[0]).__name__
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
         return f"the hub says {kind} (a misspelt id, or a private one that needs `hf auth login`)"
-    return f"the hub cannot be reached ({kind})"
+    reason = answer[0].strerror if isinstance(answer[0], OSError) else None
+    return f"the hub cannot be reached ({reason or kind})"
 
 
 def _checked(folder: Path, name: str) -> Path:

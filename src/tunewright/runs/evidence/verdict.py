@@ -42,7 +42,7 @@ def verdict(
     if measure is None or measure["n"] < FEWEST_ROWS or overlap:
         n = measure["n"] if measure else 0
         reason = (
-            f"{overlap} test row{'s' if overlap > 1 else ''} also in the training data"
+            f"{overlap} test row{'s also stand' if overlap > 1 else ' also stands'} in the training data"
             if overlap
             else f"{n} held-out rows are fewer than {FEWEST_ROWS}"
         )
