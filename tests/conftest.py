@@ -36,9 +36,8 @@ def write_text_rows(path: Path, n: int, seed: int = 0) -> Path:
         writer.writerow(["text", "label"])
         for i in range(n):
             label = ["bad", "good"][i % 2]
-            words = rng.choices(BAD if label == "bad" else GOOD, k=5) + rng.sample(
-                "abcdefghijklmnop", rng.randint(2, 9)
-            )
+            mood = BAD if label == "bad" else GOOD
+            words = rng.choices(mood, k=5) + rng.sample("abcdefghijklmnop", rng.randint(2, 9))
             rng.shuffle(words)
             writer.writerow([" ".join(words), label])
     return path

@@ -296,7 +296,8 @@ def test_a_suffix_that_no_reader_knows_is_named_with_those_that_are(tmp_path):
 
 
 def test_an_unknown_format_is_named_with_the_nearest(tmp_path):
-    says(faults(table(tmp_path / "d.csv", "x"), format="tabel"), "data.format", "folder, hub, jsonl, parquet, table", '"table"')
+    found = faults(table(tmp_path / "d.csv", "x"), format="tabel")
+    says(found, "data.format", "folder, hub, jsonl, parquet, table", '"table"')
 
 
 def test_a_folder_where_a_file_belongs_is_refused_and_the_other_way_round(tmp_path):

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tunewright.recipe import Recipe
+
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "check", "compare", "load", "train"]
+__all__ = ["Recipe", "Run", "__version__", "check", "compare", "load", "train"]
 
 # Threads that spin while they wait made a busy two-core machine 2.5 to 5.7 times slower (docs/facts.md).
 # Read by OpenMP when torch is imported, so it stands here and not in the engine.
@@ -34,6 +36,9 @@ class Run:
     """A run folder: its verdict, its evidence, its report, and its model to ask."""
 
     path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @property
     def evidence(self) -> dict[str, Any]:
@@ -55,8 +60,8 @@ class Run:
         from tunewright.runs.prediction import as_output, open_run, single_record
 
         predictor = open_run(self.path, base)
-        values = [inputs] if isinstance(inputs, str) else inputs
-        records = [single_record(predictor.task, value) for value in values]
+        values = [inputs] if isinstance(inputs, str) else [str(value) for value in inputs]
+        records = [single_record(predictor.task, value, str(i)) for i, value in enumerate(values, 1)]
         return as_output(records, predictor(records))
 
     def _repr_html_(self) -> str:
@@ -66,44 +71,45 @@ class Run:
         return f"<p><b>{escape(self.verdict)}</b></p><p>{escape(str(self.report))}</p>"
 
 
-def _recipe(recipe: str | Path | Mapping[str, Any] | None, keys: Mapping[str, Any]) -> tuple[Any, str | None]:
-    from tunewright.recipe import Recipe
+Given = str | Path | Mapping[str, Any] | Recipe | None
 
+
+def _recipe(recipe: Given, keys: Mapping[str, Any]) -> tuple[Recipe, str | None]:
+    given = [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in keys.items()]
     if isinstance(recipe, (str, Path)):
-        return Recipe.read(recipe, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
-    return Recipe.of({**(recipe or {}), **keys}, sources=dict.fromkeys(keys, "python"))
+        return Recipe.read(recipe, given, source="python")
+    tree = recipe.tree() if isinstance(recipe, Recipe) else recipe
+    return Recipe.from_keys(given, tree, name="python", source="python")
 
 
-def train(
-    recipe: str | Path | Mapping[str, Any] | None = None, *, again: bool = False, quiet: bool = False, **keys: Any
-) -> Run:
-    """Train, measure, report. `recipe`: a YAML file or a mapping; `keys`: the recipe's keys, by the same names.
+def train(recipe: Given = None, *, again: bool = False, quiet: bool = False, **keys: Any) -> Run:
+    """Train, measure, report. `recipe`: a YAML file, a mapping or a Recipe; `keys`: its keys, by their own names.
 
     Raises tunewright.errors.UserError with all faults before the first step. Continues an unfinished run.
     """
     from tunewright.runs.training import train as wire
 
     parsed, output_dir = _recipe(recipe, keys)
-    out = Path(output_dir or f"runs/{parsed.digest()}")
+    out = Path(output_dir or f"runs/{parsed.digest()}").expanduser()
     return Run(wire(parsed, out, again=again, quiet=quiet).path)
 
 
-def check(recipe: str | Path | Mapping[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+def check(recipe: Given = None, **keys: Any) -> dict[str, Any]:
     """What `train` would do, and everything that would stop or spoil it; no step is taken."""
     from tunewright.runs.checking import check as wire
 
     return wire(_recipe(recipe, keys)[0])
 
 
-def compare(*runs: str | Path) -> dict[str, Any]:
+def compare(*runs: str | Path | Run) -> dict[str, Any]:
     """Runs that share their held-out rows, side by side."""
     from tunewright.uses.comparison import compare as wire
 
     return wire([Path(run) for run in runs])
 
 
-def load(run: str | Path, base: str | None = None) -> Any:
+def load(run: str | Path | Run, base: str | None = None) -> Any:
     """A predictor that stays open: call it with records, see tunewright.runs.prediction.Predictor."""
     from tunewright.runs.prediction import open_run
 
-    return open_run(run, base)
+    return open_run(Path(run), base)

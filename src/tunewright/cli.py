@@ -79,8 +79,10 @@ def _json(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters: text from data must not steer a terminal."""
-    return "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "?" for c in text)
+    """Without control characters, which would steer a terminal, and what stdout cannot spell escaped."""
+    tame = "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "?" for c in text)
+    coding = sys.stdout.encoding or "utf-8"
+    return tame.encode(coding, "backslashreplace").decode(coding)
 
 
 # --------------------------------------------------------------------- parsing
@@ -279,9 +281,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from tunewright.runs.answering import answer
 
-    answers, written = answer(Path(options.folder), options.input, options.base, options.output)
+    answers, written = answer(Path(options.folder), options.input, options.base, options.output, _say)
     if written and not options.json:
-        _say(f"{len(answers)} rows with their answers: {written}")
+        _say(f"{len(answers)} row{'s' if len(answers) > 1 else ''} with answers: {written}")
         return 0
     text = "\n".join(f"{a['row']}\t{a['label']}\t{a['score']:.3f}" if "label" in a else _said(a) for a in answers)
     _result(options, answers, text)

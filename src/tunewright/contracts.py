@@ -250,6 +250,10 @@ class Method(ABC):
     def keeps_base(self) -> bool:
         """True: the base stays intact inside, no second copy is needed (LoRA yes, full no)."""
 
+    def remarks(self) -> list[str]:
+        """What a person should know about these options before training, in sentences."""
+        return []
+
     @abstractmethod
     def apply(self, model: nn.Module, loaded: Loaded) -> nn.Module:
         """Freeze, insert or wrap; keep `loaded.fresh` trainable; return the module to train.

@@ -491,7 +491,8 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(where: str, sources: Mapping[str, str], name: str) -> str:
     """Where the value of a key was given: `r.yaml, written as "lr": train.learning_rate`."""
-    origin = next((source for key, source in sources.items() if key == where or key.startswith(f"{where}.")), name)
+    beneath = next((source for key, source in sources.items() if key.startswith(f"{where}.")), name)
+    origin = sources.get(where, beneath)
     return where if where == "command line" else f"{origin}: {where}"
 
 

@@ -36,7 +36,7 @@ class RunDir:
         run = cls(path)
         if path.is_file():
             raise RunError(Fault("a file stands where the run folder should be", where=str(path)))
-        if (path / "recipe.yaml").is_file():
+        if run._begun:
             run._same_recipe(recipe)
         elif path.is_dir() and any(path.iterdir()):
             raise RunError(
@@ -77,6 +77,12 @@ class RunDir:
 
     def recipe(self) -> Recipe:
         return Recipe.read(self.path / "recipe.yaml")[0]
+
+    @property
+    def _begun(self) -> bool:
+        """A lone recipe.yaml may be the user's own, which must not be written over."""
+        own = ("checkpoints", "evidence.json")
+        return (self.path / "recipe.yaml").is_file() and any((self.path / name).exists() for name in own)
 
     @property
     def finished(self) -> bool:

@@ -44,6 +44,10 @@ class Head(Method):
     learning_rate_reason: ClassVar[str] = "a head alone stands rates from 1e-3 to 1e-2"
     standalone: ClassVar[bool] = True
 
+    def remarks(self) -> list[str]:
+        solved = "The head is solved, not stepped, where it is one linear layer; rate and steps then play no part."
+        return [solved] if self.solver == "auto" else []
+
     @property
     def keeps_base(self) -> bool:
         return False

@@ -59,8 +59,7 @@ class Lora(Method):
             # a head that is not named here stays random, untrained and unsaved, without a word (docs/facts.md)
             modules_to_save=list(own) or None,
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers, nothing a user can mend
+        with _between_libraries():
             adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
         # peft writes where the weights lay on this machine; the id as the user gave it means something elsewhere
         config.base_model_name_or_path = loaded.origin.get("checkpoint")
@@ -107,4 +106,13 @@ class Lora(Method):
     def open(self, loaded: Loaded, folder: Path) -> nn.Module:
         import peft
 
-        return peft.PeftModel.from_pretrained(loaded.model, str(folder))  # type: ignore[arg-type]
+        with _between_libraries():
+            return peft.PeftModel.from_pretrained(loaded.model, str(folder))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _between_libraries() -> Iterator[None]:
+    """Without the deprecations that peft and transformers owe each other: a user can mend none of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunewright.contracts import Baseline, Batch, Loaded, Loss, Prediction, Record
 from tunewright.errors import Fault, ModelError
-from tunewright.models.load import open_checkpoint, resolve
+from tunewright.models.load import open_checkpoint, open_config
 from tunewright.models.logprob import label_logprob
 from tunewright.recipe import ModelSpec
 
@@ -42,9 +42,7 @@ def open_classifier(auto_class: str, spec: ModelSpec, processor: Any, labels: Se
 
 def own_labels(spec: ModelSpec) -> tuple[str, ...]:
     """The label names of a checkpoint, () where it has none or only the placeholder LABEL_0."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(resolve(spec)[0], local_files_only=True)
+    config = open_config(spec)
     names = tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
     architectures = getattr(config, "architectures", None) or [""]
     is_head = "Classification" in architectures[0]

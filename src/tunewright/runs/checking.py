@@ -187,7 +187,7 @@ def settings(prepared: Prepared, steps: Steps) -> list[str]:
     ]
     rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * distributed.size()
     said.append(f"{len(steps)} steps of {rows} rows, {steps.per_epoch} steps a pass over {len(steps.examples)} rows.")
-    return said
+    return said + method.remarks()
 
 
 def check(recipe: Recipe) -> dict[str, Any]:

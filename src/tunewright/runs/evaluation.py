@@ -9,39 +9,44 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tunewright import find
 from tunewright.contracts import Record, Task
 from tunewright.data import inspection, records
-from tunewright.errors import DataError, Fault
+from tunewright.errors import DataError, Fault, nearest
 from tunewright.rundir import RunDir
 from tunewright.runs.evidence import gather
-from tunewright.runs.prediction import open_run
+from tunewright.runs.prediction import base_of, labels_of, open_run, task_of
 
 
 def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str, Any]:
-    """evidence.json's content for the rows of `file`, which must carry labels that the run knows."""
+    """evidence.json's content for the rows of `file`, which must carry labels that the run knows.
+
+    Raises DataError before a model is opened if they do not.
+    """
     run = RunDir.open(folder)
-    predictor = open_run(folder, base)
-    task, loaded, recipe = predictor.task, predictor.loaded, predictor.recipe
+    recipe, model = run.recipe(), run.path / "model"
+    task = task_of(recipe)
     rows, _, faults = records.read_inputs(file, task.fields, columns=recipe.data.columns, required=tuple(task.fields))
-    known = set(loaded.labels)
+    known = labels_of(model) if (model / "config.json").is_file() else ()
     faults += [
         Fault(
             "a label that the model does not know",
             where=r["where"],
             field="label",
-            expected="one of " + ", ".join(loaded.labels),
+            expected="one of " + ", ".join(known),
             got=repr(r["label"]),
+            remedy=nearest(r["label"], known),
         )
         for r in rows
-        if known and r["label"] not in known
+        if known and r.get("label", known[0]) not in known
     ]
     if faults:
         raise DataError(faults)
+    predictor = open_run(folder, base)
+    loaded = predictor.loaded
     training = _training_rows(run)
     size = recipe.train.per_device_eval_batch_size
-    original = task.load(recipe.model, loaded.labels)
-    baseline, before = gather.base_answers(task, recipe.model, original, training, rows, size)
+    spec = base_of(recipe, model, base, "an evaluation compares with the base")
+    baseline, before = gather.base_answers(task, spec, task.load(spec, loaded.labels), training, rows, size)
     after = gather.tuned_answers(task, predictor.model, loaded, rows, size, None)
     return gather.weigh(
         task, loaded.labels, rows, baseline, before, after,
@@ -53,7 +58,7 @@ def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str
 def _training_rows(run: RunDir) -> list[Record]:
     """The rows that the run was trained on, read again: a baseline is made from them, and overlap is looked for."""
     recipe = run.recipe()
-    task = find.build("tasks", recipe.task.name, recipe.task.options, Task)  # type: ignore[type-abstract]
+    task = task_of(recipe)
     validation = recipe.train.early_stopping_patience is not None
     data, faults = records.load(recipe.data, task.fields, seed=recipe.seed, validation=validation)
     if data is None:

@@ -76,6 +76,7 @@ def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback]
         say(f"A fresh folder: {out}")
     prepared = checking.prepare(recipe)
     run = from_first(lambda: RunDir.create(out, recipe))
+    _same_data(run, prepared)
     if from_first(lambda: run.finished):
         say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
         return run
@@ -95,16 +96,38 @@ def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback]
     return run
 
 
+def _same_data(run: RunDir, prepared: checking.Prepared) -> None:
+    """A recipe names places, not contents: where those have changed, this is another experiment."""
+    if not (run.path / "data.json").is_file():
+        return
+    before = {(file["split"], file["sha256"]) for file in run.read_json("data.json")["files"]}
+    now = prepared.data.facts["files"]
+    if changed := [file["file"] for file in now if (file["split"], file["sha256"]) not in before]:
+        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        raise RunError(Fault(f"began with other data: {', '.join(changed)} differs", str(run.path), remedy=remedy))
+
+
+def _same_base(run: RunDir, loaded: Loaded) -> None:
+    if not (run.path / "data.json").is_file():
+        return
+    before = run.read_json("data.json").get("base_sha256")
+    if before not in (None, loaded.origin["sha256"]):
+        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        raise RunError(Fault("began with another base: its weights differ", str(run.path), remedy=remedy))
+
+
 def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callback], say: Say, quiet: bool) -> None:
     recipe, data, method = prepared.recipe, prepared.data, prepared.method
     place = _workplace(run, recipe, say)
     task, loaded = checking.load(prepared)
+    _same_base(run, loaded)
     steps = checking.planned_steps(prepared, task, loaded)
     chosen = [*checking.settings(prepared, steps), *checking.cut_sentence(prepared, task, loaded)]
     for sentence in (*data.notes, *loaded.notes, *chosen, visible_sentence(len(data.test), task.metrics[0])):
         say(sentence)
     if is_first():
         facts = data.facts | checking.lengths(steps.examples) | {"settings": [*loaded.notes, *chosen]}
+        facts["base_sha256"] = loaded.origin["sha256"]
         run.write_json("data.json", facts)
         own_rate = {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
         recipe.write(run.path / "recipe.yaml", own_rate)

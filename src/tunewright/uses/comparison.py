@@ -13,6 +13,8 @@ from tunewright.errors import Fault, RunError
 from tunewright.metrics import statistics
 from tunewright.rundir import RunDir
 
+SAME = "Use the same data, holdout and seed, or name a test file in both recipes."
+
 
 def compare(paths: Sequence[Path]) -> dict[str, Any]:
     """The first metric of every run on the shared rows; differences are of each run to the first one.
@@ -27,6 +29,11 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
     metric = runs[0].read_json("evidence.json")["measures"][0]["name"]
     scores = [_scores(run, metric) for run in runs]
     rows = list(scores[0])
+    first = _test_files(runs[0])
+    for run in runs[1:]:
+        if _test_files(run) != first:
+            problem = f"its test rows come from another file than those of {runs[0].path.name} (SHA-256 differs)"
+            raise RunError(Fault(problem, where=str(run.path), remedy=SAME))
     for run, found in zip(runs, scores, strict=True):
         if set(found) != set(rows):
             shared = len(set(found) & set(rows))
@@ -34,16 +41,23 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
                 Fault(
                     f"shares {shared} of {len(found)} test rows with {runs[0].path.name}, so pairs cannot be made",
                     where=str(run.path),
-                    remedy="Use the same data, holdout and seed, or name a test file in both recipes.",
+                    remedy=SAME,
                 )
             )
-    first = [scores[0][row] for row in rows]
+    own = [scores[0][row] for row in rows]
     return {
         "metric": metric,
         "proportion": runs[0].read_json("evidence.json")["measures"][0].get("proportion", True),
         "n": len(rows),
-        "runs": [_line(run, first, [s[row] for row in rows]) for run, s in zip(runs, scores, strict=True)],
+        "runs": [_line(run, own, [s[row] for row in rows]) for run, s in zip(runs, scores, strict=True)],
     }
+
+
+def _test_files(run: RunDir) -> set[str]:
+    """SHA-256 of the files that the test rows came from: `rows.csv:7` of two files are two rows."""
+    files = run.read_json("data.json")["files"]
+    named = {file["sha256"] for file in files if "test" in file["split"].split("+")}
+    return named or {file["sha256"] for file in files}
 
 
 def _scores(run: RunDir, metric: str) -> dict[str, float]:

@@ -23,10 +23,11 @@ from tunewright.uses.digits import smoke_test
 
 TICKETS = Path(__file__).parent / "demo_data" / "tickets.csv"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
-# Rate and epochs of `lora` are those that did best on validation rows taken from the training part (seed 1).
+# Rate and epochs of `lora` were chosen among 1e-3, 2e-3, 3e-3 and 5, 8 by accuracy on 30 % of the *training* rows; the
+# test rows had no say. With 130 rows to choose by, the six lay within 7 points: any of them would have been defensible.
 METHODS: dict[str, dict[str, Any]] = {
     "head": {},
-    "lora": {"learning_rate": 2e-3, "num_train_epochs": 8, "per_device_train_batch_size": 16, "warmup_steps": 0.1},
+    "lora": {"learning_rate": 3e-3, "num_train_epochs": 5, "per_device_train_batch_size": 16, "warmup_steps": 0.1},
 }
 
 

@@ -53,7 +53,7 @@ def verdict(
     if measure is None or measure["n"] < FEWEST_ROWS or overlap:
         n = measure["n"] if measure else 0
         reason = (
-            f"{overlap} test rows also stand in the training data"
+            f"{overlap} test row{'s also stand' if overlap > 1 else ' also stands'} in the training data"
             if overlap
             else f"{n} held-out rows are fewer than {FEWEST_ROWS}"
         )
@@ -119,8 +119,8 @@ def classify(low: float, high: float, margin: float, proportion: bool) -> tuple[
 def _change(measure: dict[str, Any], flips: dict[str, Any] | None) -> str:
     """`fixed 62 of 500 rows and broke 21 (+8.2 points, 95% interval +4.8 to +11.8)`."""
     unit = " points" if measure["proportion"] else ""
-    scale = 100 if measure["proportion"] else 1
-    difference, low, high = (f"{scale * v:+.3g}" for v in (measure["difference"], *measure["ci95"]))
+    values = (measure["difference"], *measure["ci95"])
+    difference, low, high = (f"{100 * v:+.1f}" if measure["proportion"] else f"{v:+.3g}" for v in values)
     numbers = f"{difference}{unit}, 95% interval {low} to {high}"
     if flips is None:
         return f"changed {measure['name']} from {measure['base']:.3g} to {measure['tuned']:.3g} ({numbers})"

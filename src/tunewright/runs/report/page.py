@@ -1,6 +1,6 @@
 """The report: a run folder becomes one self-contained `report.html`, readable with scripts off, from file://, in print.
 
-Knows what the page says and in which order (docs/what-the-verdict-means.md); how it looks is template.html and style.css.
+Knows what the page says and in which order; how it looks is template.html and style.css.
 Nothing in it moves with the clock, so the same run gives the same bytes.
 """
 

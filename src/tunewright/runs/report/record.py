@@ -119,7 +119,7 @@ class Measure:
 
     @property
     def finding(self) -> str:
-        """What the interval allows to say, in the words fixed in docs/what-the-verdict-means.md before any result was seen."""
+        """What the interval allows to say, in words fixed before any result was seen."""
         if self.difference is None or self.low is None or self.high is None:
             return "no interval"
         low, high = (self.low, self.high) if self.higher_is_better else (-self.high, -self.low)
