@@ -65,6 +65,50 @@ def test_the_commands_of_the_readme_run_in_their_order(desk, monkeypatch, capsys
 
 
 @pytest.mark.skipif(not MINILM, reason="the extra [demo] (a pre-trained text encoder) is not installed")
+def test_the_commands_inside_the_pages_run(desk, monkeypatch, capsys):
+    """`tunewright ...` in running text, where no word of it is a placeholder; hub ids stand for a folder made here."""
+    monkeypatch.chdir(desk)
+    ran = set()
+    for page in PAGES:
+        recipes = [yaml.safe_load(block) for block in blocks(page, "yaml")]
+        text = page.read_text(encoding="utf-8")
+        for words in [shlex.split(found) for found in re.findall(r"`tunewright ([^`]+)`", text)]:
+            if len(words) < 2 or any(re.fullmatch(r"[A-Z]+|N", word) for word in words):
+                continue
+            if words[0] in ("check", "train") and not (desk / words[1]).exists():
+                write_page_recipe(desk, words[1], recipes[0])
+            if words[0] in ("predict", "chat") and not (desk / words[1] / "model").exists():
+                recipe = next(r for r in recipes if r["output_dir"] == words[1])
+                write_page_recipe(desk, "made-here.yaml", recipe)
+                assert main(["train", "made-here.yaml", QUICK]) == 0, capsys.readouterr().err
+            quick = [QUICK] if words[0] in ("check", "train") else []
+            if (desk / "runs" / "tickets" / "model").exists() and words[:2] == ["train", "tickets.yaml"]:
+                quick.append("output_dir=runs/from-the-page")
+            assert main([*words, *quick]) == 0, f"{page.name}: {' '.join(words)}\n{capsys.readouterr().err}"
+            ran.add((page.name, words[0]))
+    assert len(ran) >= 6, sorted(ran)
+
+
+def write_page_recipe(desk: Path, name: str, recipe: dict) -> None:
+    """A page's recipe with its hub id replaced by a tiny checkpoint, and its data by rows of that form."""
+    from tunewright import find
+    from tunewright.contracts import Task
+    from tunewright.models import tiny
+
+    task = Recipe.of(recipe)[0].task
+    base = desk / f"base-{task.name}"
+    if not base.exists():
+        base.mkdir()
+        tiny.MAKERS[find.find("tasks", task.name, Task).auto_class](base)
+    data = recipe["data"] if isinstance(recipe["data"], dict) else {"train": recipe["data"]}
+    for place in (data.get("train"), data.get("test"), *recipe.get("evaluate", {}).get("general", {}).values()):
+        if place and not (desk / place).exists():
+            source = next(k for k in ROWS if KIND_OF[Path(place).suffix] == k)
+            ROWS[source](desk / f"for-{Path(place).stem}", 60) if False else write_rows(desk / place)
+    (desk / name).write_text(yaml.safe_dump(recipe | {"model": str(base)}), encoding="utf-8")
+
+
+@pytest.mark.skipif(not MINILM, reason="the extra [demo] (a pre-trained text encoder) is not installed")
 def test_the_python_of_the_readme_runs(desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     code = blocks(ROOT / "README.md", "python")[0]

@@ -124,6 +124,8 @@ def single_record(task: Task, value: str, row: str = "1") -> Record:
         raw, root = RawRow(value, value, {name: path.name}), path.parent
     try:
         values, faults = inspection.check_row(raw, {name: name}, {name: field}, root, Counter())
+    except FileNotFoundError as error:
+        raise DataError(Fault("no such file", where=raw.where, field=name, expected="a picture")) from error
     except OSError as error:
         raise DataError(Fault(f"no picture ({error.strerror})", where=raw.where, field=name)) from error
     if faults:
