@@ -124,7 +124,7 @@ def settings(prepared: Prepared, steps: Steps) -> list[str]:
         if rate is not None
         else f"learning_rate {method.learning_rate:g}, the method's own: {method.learning_rate_reason}."
     ]
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows = min(train.per_device_train_batch_size * train.gradient_accumulation_steps, len(steps.examples))
     said.append(f"{len(steps)} steps of {rows} rows, {steps.per_epoch} steps a pass over {len(steps.examples)} rows.")
     return said + method.remarks()
 
