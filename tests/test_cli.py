@@ -468,7 +468,7 @@ def test_an_interrupted_command_exits_130(cli, desk, monkeypatch):
     assert json.loads(out)["error"] == "KeyboardInterrupt"
 
 
-def test_ctrl_c_while_training_exits_130_and_the_same_command_continues(desk, tmp_path):
+def test_ctrl_c_while_training_exits_130_and_leaves_a_checkpoint_to_continue_from(desk, tmp_path):
     out = tmp_path / "run"
     keys = ["method=full", "train.max_steps=100000", "train.save_steps=2", "train.logging_steps=1", f"output_dir={out}"]
     words = [sys.executable, "-m", "tunewright", "train", str(desk / "text.yaml"), *keys]
@@ -483,6 +483,7 @@ def test_ctrl_c_while_training_exits_130_and_the_same_command_continues(desk, tm
     assert "continues from its last checkpoint" in err
     assert not (out / "error.txt").exists()
     assert not (out / "evidence.json").exists()
+    assert list((out / "checkpoints").glob("*/MANIFEST.json"))
 
 
 def test_our_own_fault_exits_1_with_the_lines_to_report(cli, desk, monkeypatch):
@@ -538,3 +539,31 @@ def test_labels_that_the_terminal_cannot_spell_are_no_fault(desk, tmp_path, monk
         stdout.flush()
         text = stdout.buffer.getvalue().decode("ascii")
         assert "güt ☃" in json.loads(text)["labels"]["train"] if more else "g\\xfct \\u2603" in text
+
+
+def test_a_closed_stdout_is_no_fault(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # `tunewright tasks >&-`
+    assert main(["tasks"]) == 0
+    assert main(["tasks", "--json"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------- values that cannot be meant
+@pytest.mark.parametrize("weights", ["{goood: 2.0}", "{good: -1.0, bad: 2.0}", "{good: 0.0, bad: 0.0}"])
+def test_class_weights_that_cannot_be_meant_are_refused(cli, desk, weights):
+    assert cli("check", desk / "text.yaml", f"task.class_weights={weights}")[0] == 2
+
+
+def test_a_base_stored_in_bfloat16_can_be_tuned(cli, desk, tmp_path):
+    keys = ["method=lora", "model.dtype=bfloat16", "train.max_steps=2", f"output_dir={tmp_path / 'run'}"]
+    assert cli("train", desk / "text.yaml", *keys)[0] == 0
+
+
+@pytest.mark.parametrize("alpha", [0, -4])
+def test_a_lora_alpha_that_does_nothing_is_refused(cli, desk, alpha):
+    assert cli("check", desk / "text.yaml", "method=lora", f"method.lora_alpha={alpha}")[0] == 2
+
+
+def test_an_empty_text_in_a_table_of_one_column_is_not_dropped_in_silence(cli, run, tmp_path):
+    (tmp_path / "new.csv").write_text('text\nsun\n""\nrain\n')
+    assert cli("predict", run, tmp_path / "new.csv")[0] == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_image_rows
+from conftest import write_conversation_rows, write_image_rows, write_text_rows
 
 from tunewright.cli import main
 from tunewright.recipe import Recipe
@@ -101,11 +101,18 @@ def write_page_recipe(desk: Path, name: str, recipe: dict) -> None:
         base.mkdir()
         tiny.MAKERS[find.find("tasks", task.name, Task).auto_class](base)
     data = recipe["data"] if isinstance(recipe["data"], dict) else {"train": recipe["data"]}
-    for place in (data.get("train"), data.get("test"), *recipe.get("evaluate", {}).get("general", {}).values()):
+    for place in (data["train"], data.get("test"), *recipe.get("evaluate", {}).get("general", {}).values()):
         if place and not (desk / place).exists():
-            source = next(k for k in ROWS if KIND_OF[Path(place).suffix] == k)
-            ROWS[source](desk / f"for-{Path(place).stem}", 60) if False else write_rows(desk / place)
+            WRITERS[Path(place).suffix](desk / place)
     (desk / name).write_text(yaml.safe_dump(recipe | {"model": str(base)}), encoding="utf-8")
+
+
+WRITERS = {
+    "": lambda path: write_image_rows(path, 20),
+    ".csv": lambda path: write_text_rows(path, 40),
+    ".jsonl": lambda path: write_conversation_rows(path, 40),
+    ".txt": lambda path: path.write_text("\n\n".join(f"sun {i} rain" for i in range(40))),
+}
 
 
 @pytest.mark.skipif(not MINILM, reason="the extra [demo] (a pre-trained text encoder) is not installed")

@@ -52,8 +52,9 @@ def weights_after(
     return load_file(run.path / "model" / "model.safetensors")
 
 
+FIRST_LABEL = "the first label"  # what it is called depends on the rows
 OPTIONS = [
-    {}, {"class_weights": "balanced"}, {"class_weights": {"good": 3.0, "red": 0.2}}, {"train_on": "all"},
+    {}, {"class_weights": "balanced"}, {"class_weights": {FIRST_LABEL: 3.0}}, {"train_on": "all"},
 ]  # fmt: skip
 VARIANTS = [
     (task, options)
@@ -65,6 +66,8 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("task", "options"), VARIANTS)
 def test_a_step_cut_into_micro_batches_is_the_same_step(tiny_recipe, tmp_path, task, options):
+    if options.get("class_weights") == {FIRST_LABEL: 3.0}:
+        options = {"class_weights": {checking.prepare(tiny_recipe(task)).data.labels[0]: 3.0}}
     whole = weights_after(tiny_recipe, tmp_path, task, 8, 1, **options)
     for batch, accumulation in ((2, 4), (1, 8)):
         cut = weights_after(tiny_recipe, tmp_path, task, batch, accumulation, **options)

@@ -72,7 +72,7 @@ def _json(value: Any) -> str:
     """One document. What a terminal would obey, or cannot show, is escaped."""
     text = json.dumps(value, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return json.dumps(value)
     return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
@@ -81,7 +81,7 @@ def _json(value: Any) -> str:
 def _printable(text: str) -> str:
     """Without control characters, which would steer a terminal, and what stdout cannot spell escaped."""
     tame = "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "?" for c in text)
-    coding = sys.stdout.encoding or "utf-8"
+    coding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: stdout was closed
     return tame.encode(coding, "backslashreplace").decode(coding)
 
 

@@ -162,7 +162,10 @@ class Task(ABC):
         return records
 
     def fit_to(self, records: Sequence[Record]) -> Task:
-        """This task with what it must read off the training rows (class weights); must not look at test rows."""
+        """This task with what it must read off the training rows (class weights); must not look at test rows.
+
+        Called before a model is loaded. Raises RecipeError if an option does not fit these rows.
+        """
         return self
 
     @abstractmethod

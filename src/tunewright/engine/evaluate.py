@@ -43,7 +43,9 @@ def predict_rows(
         return found
 
     model.eval()
-    with torch.inference_mode(), compute_in("bf16" if device.type == "cuda" else "float32", device):
+    # float32 on a CPU; weights that are stored in half precision (model.dtype) need autocast beside a float32 head
+    half = device.type == "cuda" or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    with torch.inference_mode(), compute_in("bf16" if half else "float32", device):
         answers = split_rows(order, ask)
     return [answers[place] for place in sorted(range(len(order)), key=lambda place: order[place])]
 

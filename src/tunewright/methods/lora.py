@@ -36,6 +36,8 @@ class Lora(Method):
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"r is {self.r}: a rank is 1 or more")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}: 1 or more, or nothing for 2 r")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: a share from 0 up to 1")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -53,7 +55,7 @@ class Lora(Method):
         own = loaded.fresh or tuple(name for name in head if not speaks_words(model, name))
         config = peft.LoraConfig(
             r=self.r,
-            lora_alpha=self.lora_alpha or 2 * self.r,
+            lora_alpha=2 * self.r if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(model, head),
             # a head that is not named here stays random, untrained and unsaved, without a word (docs/facts.md)

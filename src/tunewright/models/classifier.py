@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tunewright.contracts import Baseline, Batch, Loaded, Loss, Prediction, Record
-from tunewright.errors import Fault, ModelError
+from tunewright.errors import Fault, ModelError, RecipeError
 from tunewright.models.load import open_checkpoint, open_config
 from tunewright.models.logprob import label_logprob
 from tunewright.recipe import ModelSpec
@@ -94,6 +94,29 @@ def class_predictions(logits: Tensor, labels: Sequence[str]) -> list[Prediction]
         label = max(scores, key=lambda name: scores[name])
         predictions.append({"label": label, "score": scores[label], "scores": scores})
     return predictions
+
+
+def fitted_weights(
+    given: Literal["balanced"] | dict[str, float] | None, records: Sequence[Record]
+) -> dict[str, float] | None:
+    """The weights of the loss by label name. Raises RecipeError for labels that the training rows do not have."""
+    if given is None or given == "balanced":
+        return balanced_weights(records) if given else None
+    assert isinstance(given, dict)
+    known = sorted({r["label"] for r in records})
+    faults = [
+        Fault(f'no training row has the label "{name}"', "task.class_weights", "", ", ".join(known), name)
+        for name in given
+        if name not in known
+    ]
+    faults += [
+        Fault("impossible weight", f"task.class_weights.{name}", "", "more than 0", str(weight))
+        for name, weight in given.items()
+        if not weight > 0
+    ]
+    if faults:
+        raise RecipeError(faults)
+    return given
 
 
 def balanced_weights(records: Sequence[Record]) -> dict[str, float]:

@@ -51,6 +51,10 @@ def prepare(recipe: Recipe) -> Prepared:
     general = {}
     if task is not None and data is not None:
         general = _general(recipe, task, data, faults)
+        try:
+            task = task.fit_to(data.train)
+        except RecipeError as error:
+            faults += error.faults
     try:
         resolve(recipe.model)
     except ModelError as error:
@@ -117,7 +121,7 @@ def load(prepared: Prepared) -> tuple[Task, Loaded]:
 
     torch.manual_seed(derive_seed(prepared.recipe.seed, "head"))  # a new head is drawn while loading
     loaded = prepared.task.load(prepared.recipe.model, prepared.data.labels)
-    return prepared.task.fit_to(prepared.data.train), loaded
+    return prepared.task, loaded
 
 
 def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
@@ -185,7 +189,8 @@ def settings(prepared: Prepared, steps: Steps) -> list[str]:
         if rate is not None
         else f"learning_rate {method.learning_rate:g}, the method's own: {method.learning_rate_reason}."
     ]
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps * distributed.size()
+    step = train.per_device_train_batch_size * train.gradient_accumulation_steps * distributed.size()
+    rows = min(step, len(steps.examples))
     said.append(f"{len(steps)} steps of {rows} rows, {steps.per_epoch} steps a pass over {len(steps.examples)} rows.")
     return said + method.remarks()
 

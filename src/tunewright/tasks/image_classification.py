@@ -39,9 +39,7 @@ class ImageClassification(Task):
         return classifier.open_classifier(self.auto_class, spec, processor, labels)
 
     def fit_to(self, records: Sequence[Record]) -> Task:
-        if self.class_weights != "balanced":
-            return self
-        return dataclasses.replace(self, class_weights=classifier.balanced_weights(records))
+        return dataclasses.replace(self, class_weights=classifier.fitted_weights(self.class_weights, records))
 
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:
         from PIL import Image, ImageOps

@@ -55,9 +55,7 @@ class TextClassification(Task):
         return loaded
 
     def fit_to(self, records: Sequence[Record]) -> Task:
-        if self.class_weights != "balanced":
-            return self
-        return dataclasses.replace(self, class_weights=classifier.balanced_weights(records))
+        return dataclasses.replace(self, class_weights=classifier.fitted_weights(self.class_weights, records))
 
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:
         limit = self._limit(loaded)

@@ -56,8 +56,8 @@ def _fill(table: Table, name: str, records: Iterator[Cut], header: list[str], de
             table.faults.append(_misquoted(where, first, last, cells, delimiter))
         elif isinstance(cells, str):
             table.broken[row] = _misquoted(where, first, last, cells, delimiter)
-        elif not any(cell.strip() for cell in cells):
-            blank += 1
+        elif not cells or (wanted > 1 and not any(cell.strip() for cell in cells)):
+            blank += 1  # a lone "" in a table of one column is a row
         elif len(cells) != wanted:
             table.broken[row] = _miscounted(table, where, cells, delimiter, last >= lines)
         elif cells == header:
