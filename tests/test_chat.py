@@ -108,7 +108,7 @@ def test_a_line_that_cannot_be_answered_does_not_end_it(tiny_recipe, tmp_path):
     found, _, said = talk(path, ["nowhere.png\n", f"{picture}\n"])
     assert "error" in found[0]
     assert found[1]["tuned"]["label"] in ("red", "blue")
-    assert any("no such file" in text for text in said)
+    assert any("no such image" in text for text in said)
 
 
 def tmp_path_root(recipe):

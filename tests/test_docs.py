@@ -34,8 +34,11 @@ def test_there_are_documents_and_recipes_to_test():
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
+    return furnished(tmp_path_factory.mktemp("desk"))
+
+
+def furnished(folder: Path) -> Path:
     """A folder as the documents assume it: tickets.csv, new.csv, a recipe, photos."""
-    folder = tmp_path_factory.mktemp("desk")
     with demo.TICKETS.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     wanted = [(r["text"], r["department"]) for r in rows if r["department"] in ("delivery", "billing", "sales")][:90]
@@ -61,29 +64,35 @@ def test_the_commands_of_the_readme_run_in_their_order(desk, monkeypatch, capsys
     assert "held-out rows" in out.out + out.err
 
 
+def inside(page: Path) -> list[list[str]]:
+    """The words of every `tunewright ...` in running text, where none of them is a placeholder."""
+    found = re.findall(r"`tunewright ([^`]+)`", page.read_text(encoding="utf-8"))
+    commands = [shlex.split(text) for text in found]
+    return [words for words in commands if len(words) > 1 and not any(re.fullmatch(r"[A-Z]+|N", w) for w in words)]
+
+
+WITH_COMMANDS = [page for page in PAGES if inside(page)]
+
+
+def test_pages_have_commands_to_run():
+    assert sum(len(inside(page)) for page in WITH_COMMANDS) >= 6
+
+
 @pytest.mark.skipif(not MINILM, reason="the extra [demo] (a pre-trained text encoder) is not installed")
-def test_the_commands_inside_the_pages_run(desk, monkeypatch, capsys):
-    """`tunewright ...` in running text, where no word of it is a placeholder; hub ids stand for a folder made here."""
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda p: p.name)
+def test_the_commands_inside_a_page_run(page, tmp_path, monkeypatch, capsys):
+    """Hub ids stand for a tiny checkpoint made here; what a command needs and the page assumes is made first."""
+    desk = furnished(tmp_path)
     monkeypatch.chdir(desk)
-    ran = set()
-    for page in PAGES:
-        recipes = [yaml.safe_load(block) for block in blocks(page, "yaml")]
-        text = page.read_text(encoding="utf-8")
-        for words in [shlex.split(found) for found in re.findall(r"`tunewright ([^`]+)`", text)]:
-            if len(words) < 2 or any(re.fullmatch(r"[A-Z]+|N", word) for word in words):
-                continue
-            if words[0] in ("check", "train") and not (desk / words[1]).exists():
-                write_page_recipe(desk, words[1], recipes[0])
-            if words[0] in ("predict", "chat") and not (desk / words[1] / "model").exists():
-                recipe = next(r for r in recipes if r["output_dir"] == words[1])
-                write_page_recipe(desk, "made-here.yaml", recipe)
-                assert main(["train", "made-here.yaml", QUICK]) == 0, capsys.readouterr().err
-            quick = [QUICK] if words[0] in ("check", "train") else []
-            if (desk / "runs" / "tickets" / "model").exists() and words[:2] == ["train", "tickets.yaml"]:
-                quick.append("output_dir=runs/from-the-page")
-            assert main([*words, *quick]) == 0, f"{page.name}: {' '.join(words)}\n{capsys.readouterr().err}"
-            ran.add((page.name, words[0]))
-    assert len(ran) >= 6, sorted(ran)
+    recipes = [yaml.safe_load(block) for block in blocks(page, "yaml")]
+    for words in inside(page):
+        if words[0] in ("check", "train") and not (desk / words[1]).exists():
+            write_page_recipe(desk, words[1], recipes[0])
+        if words[0] in ("predict", "chat") and not (desk / words[1] / "model").exists():
+            write_page_recipe(desk, "made-here.yaml", next(r for r in recipes if r["output_dir"] == words[1]))
+            assert main(["train", "made-here.yaml", QUICK]) == 0, capsys.readouterr().err
+        quick = [QUICK] if words[0] in ("check", "train") else []
+        assert main([*words, *quick]) == 0, f"{' '.join(words)}\n{capsys.readouterr().err}"
 
 
 def write_page_recipe(desk: Path, name: str, recipe: dict) -> None:

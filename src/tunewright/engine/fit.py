@@ -235,26 +235,15 @@ def save(
     optimizer: torch.optim.Optimizer,
     train: TrainSpec,
 ) -> None:
+    """A checkpoint, written by the first rank; the others wait, so that nobody runs ahead of a file."""
     if is_first():
-        write(run, state, digest, method, model, optimizer, train)
-    gathered(None)  # nobody runs ahead of a file
-
-
-def write(
-    run: RunDir,
-    state: State,
-    digest: str,
-    method: Method,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: TrainSpec,
-) -> None:
-    tensors = method.state(model)
-    if train.train_batch_norm:
-        tensors |= dict(model.named_buffers())
-    parts = {"model": tensors, "optimizer": optimizers.state_by_name(optimizer)}
-    checkpoint.save(run, state, digest, parts, {"rates": [g["initial_lr"] for g in optimizer.param_groups]})
-    checkpoint.rotate(run, train.save_total_limit, state.best_step if train.early_stopping_patience else None)
+        tensors = method.state(model)
+        if train.train_batch_norm:
+            tensors |= dict(model.named_buffers())
+        parts = {"model": tensors, "optimizer": optimizers.state_by_name(optimizer)}
+        checkpoint.save(run, state, digest, parts, {"rates": [g["initial_lr"] for g in optimizer.param_groups]})
+        checkpoint.rotate(run, train.save_total_limit, state.best_step if train.early_stopping_patience else None)
+    gathered(None)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: object) -> None:
