@@ -206,6 +206,7 @@ def test_every_answer_has_one_line_of_advice(answer):
 
 def test_a_worse_model_is_not_advised():
     assert advice({"answer": "worse"}, flips()).startswith("Do not use it")
+    assert "Read its answers" in advice({"answer": "better"}, None), "a lower loss alone is no reason to use it"
 
 
 # --------------------------------------------------------------- before the first step

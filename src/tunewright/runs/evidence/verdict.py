@@ -160,7 +160,8 @@ def advice(verdict: dict[str, Any], flips: dict[str, Any] | None) -> str:
     if answer == "can't tell":
         return "Add held-out rows, or accept that a change this small cannot be shown with these."
     if answer == "worse":
-        return "Do not use it. Look at the broken rows, then try a smaller learning rate or another method."
+        look = "broken rows" if flips else "answers side by side"
+        return f"Do not use it. Look at the {look}, then try a smaller learning rate or another method."
     if answer == "trade":
         return (
             "Decide which of the two matters more to you. A smaller learning rate, fewer epochs, lora instead of full, "
@@ -170,4 +171,6 @@ def advice(verdict: dict[str, Any], flips: dict[str, Any] | None) -> str:
         return "Keep the base, or try another method: `tunewright methods` lists them."
     if flips and flips["broken"]:
         return f"Look at the {flips['broken']} broken rows before you use it."
+    if flips is None:
+        return "Read its answers beside the base's before you use it: likelier answers are not yet right ones."
     return "Use it; its lines stand below. A second seed would show how much of the gain is luck."
