@@ -8,7 +8,7 @@ from pathlib import Path
 HOME = Path(__file__).parents[1] / "src" / "tunewright"
 FLOORS = [
     ("errors", "find"),
-    ("contracts", "recipe", "rundir"),
+    ("contracts", "recipe", "recipe_text", "rundir"),
     ("data", "models", "metrics"),
     ("tasks", "methods"),
     ("engine",),
@@ -19,7 +19,7 @@ FLOORS = [
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WINGS = ("tasks", "methods")
 # floor 2: who may use whom beside them; a cycle here would be a knot
-BESIDE = {("find", "errors"), ("contracts", "recipe"), ("rundir", "recipe")}
+BESIDE = {("find", "errors"), ("contracts", "recipe"), ("rundir", "recipe"), ("recipe", "recipe_text")}
 
 
 def modules() -> list[Path]:

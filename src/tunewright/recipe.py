@@ -9,19 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from tunewright.errors import Fault, RecipeError, nearest
 from tunewright.find import fits, spell
-
-HUB_DATA = re.compile(r"\w[\w.-]*/[\w.-]+(#[\w.-]+)?(:\w[\w:%+.\[\]-]*)?")  # org/name#config:split
+from tunewright.recipe_text import SHORT, commented, flat, lay_over, parse, place, plain, put, rooted, scalar
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class Recipe:
         Raises RecipeError with all the faults found, not only the first.
         """
         path = Path(path)
-        return cls.from_keys(overrides, _parse(path), folder=path.parent, name=path.name, source=source)
+        return cls.from_keys(overrides, parse(path), folder=path.parent, name=path.name, source=source)
 
     @classmethod
     def from_keys(
@@ -134,8 +130,8 @@ class Recipe:
     ) -> tuple[Recipe, str | None]:
         """A recipe from `key=value` on top of a mapping, or alone, as the command line takes it without a file."""
         faults: list[Fault] = []
-        below = _plain(tree or {})
-        sources = dict.fromkeys(_flat(below), name)
+        below = plain(tree or {})
+        sources = dict.fromkeys(flat(below), name)
         below = _translate(below, sources, faults)
         above: dict[str, Any] = {}
         for text in keys:
@@ -144,11 +140,11 @@ class Recipe:
                 faults.append(Fault(f'"{text}" cannot be read', where="command line", expected="section.key=value"))
                 continue
             one: dict[str, Any] = {}
-            _put(one, key.strip().split("."), _scalar(value), faults)
-            own = dict.fromkeys(_flat(one), source)
-            _lay_over(above, _translate(one, own, faults))
+            put(one, key.strip().split("."), scalar(value), faults)
+            own = dict.fromkeys(flat(one), source)
+            lay_over(above, _translate(one, own, faults))
             sources |= own
-        _lay_over(below, above)
+        lay_over(below, above)
         return cls.of(below, sources=sources, folder=folder, faults=faults, name=name)
 
     @classmethod
@@ -163,15 +159,15 @@ class Recipe:
     ) -> tuple[Recipe, str | None]:
         """A recipe from nested mappings, as `read` does from a file."""
         found = list(faults)
-        tree = _plain(tree)
-        sources = dict(dict.fromkeys(_flat(tree), name) if sources is None else sources)
+        tree = plain(tree)
+        sources = dict(dict.fromkeys(flat(tree), name) if sources is None else sources)
         tree = _expand(_translate(tree, sources, found))
         output_dir = tree.pop("output_dir", None)
         if output_dir is not None and not isinstance(output_dir, str):
             found.append(Fault("wrong kind of value", where="output_dir", expected="a folder", got=repr(output_dir)))
         recipe = _build(cls, tree, found)
         if found or recipe is None:
-            error = RecipeError([dataclasses.replace(f, where=_place(f.where, sources, name)) for f in found])
+            error = RecipeError([dataclasses.replace(f, where=place(f.where, sources, name)) for f in found])
             if recipe is not None and not any(f.where.startswith("data") for f in found):
                 error.rest = recipe.rooted(folder)
             raise error
@@ -180,14 +176,14 @@ class Recipe:
     def rooted(self, folder: Path) -> Recipe:
         """Relative paths that exist beneath `folder` made absolute; hub ids stay as they are."""
         data = {k: getattr(self.data, k) for k in ("train", "validation", "test")}
-        data = {k: str(_rooted(folder, v)) for k, v in data.items() if v is not None}
+        data = {k: str(rooted(folder, v)) for k, v in data.items() if v is not None}
         general = self.evaluate.general
         if isinstance(general, str):
-            general = str(_rooted(folder, general))
+            general = str(rooted(folder, general))
         elif general is not None:
-            general = {name: str(_rooted(folder, place)) for name, place in general.items()}
+            general = {name: str(rooted(folder, place)) for name, place in general.items()}
         checkpoint = self.model.checkpoint
-        local = _rooted(folder, checkpoint)
+        local = rooted(folder, checkpoint)
         if local.is_dir() or checkpoint.startswith((".", "/", "~")):
             checkpoint = str(local)
         return dataclasses.replace(
@@ -208,7 +204,7 @@ class Recipe:
     def write(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """YAML with every default spelt out, and behind each value where it came from."""
         notes = {**self.came_from, **(notes or {})}
-        path.write_text(_commented(self.tree(), notes), encoding="utf-8")
+        path.write_text(commented(self.tree(), notes), encoding="utf-8")
 
     def digest(self) -> str:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""
@@ -263,7 +259,6 @@ ALIASES = {
     "early_stopping_steps": "train.early_stopping_patience",
     "activation_checkpointing": "train.gradient_checkpointing",
 }
-SHORT = {"model": "checkpoint", "data": "train", "task": "name", "method": "name"}  # `model: X` is {checkpoint: X}
 QUANTIZED = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
 
 
@@ -286,7 +281,7 @@ def _translate(tree: dict[str, Any], sources: dict[str, str], faults: list[Fault
                 value = QUANTIZED[key] if value else None
             old, twin = sources.pop(f"{prefix}{key}", "recipe"), sources.get(target, "").partition(', written as "')[2]
             sources[target] = f'{old}, written as "{prefix}{key}"'
-            _put(tree, target.split("."), value, faults, clash=f"{prefix}{key}", twin=twin.rstrip('"'))
+            put(tree, target.split("."), value, faults, clash=f"{prefix}{key}", twin=twin.rstrip('"'))
     return tree
 
 
@@ -418,120 +413,3 @@ def _out_of_range(where: str, value: Any) -> str | None:
         return None
     words, test = RANGES[where]
     return None if value == value and test(value) else words
-
-
-# --------------------------------------------------------------- YAML and paths
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, (str, int, float, type(None))):
-                raise yaml.MarkedYAMLError(problem=f"{key} is no name for a key", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f'key "{key}" stands twice', problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        here = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
-        remedy = nearest(path.name, here) or (f"Recipes in {folder}: {', '.join(here[:5])}." if here else "")
-        problem = "a folder, not a recipe file" if path.is_dir() else "no such recipe file"
-        raise RecipeError(Fault(problem, where=str(path), expected="a YAML file", remedy=remedy))
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(Fault(f"not valid YAML: {error.problem}", where=f"{path.name}{line}")) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(Fault(f"not a YAML file: {error}", where=path.name)) from error
-    if not isinstance(tree, dict):
-        raise RecipeError(Fault("empty, or not a mapping", where=path.name, expected="lines such as `model: folder`"))
-    return tree
-
-
-def _put(
-    tree: dict[str, Any], path: list[str], value: Any, faults: list[Fault], clash: str = "", twin: str = ""
-) -> None:
-    *sections, last = path
-    for section in sections:
-        nest = tree[section] = {} if tree.get(section) is None else tree[section]
-        if not isinstance(nest, dict):
-            faults.append(Fault(f'"{section}" is no section', where=".".join(path)))
-            return
-        tree = nest
-    if clash and last in tree:
-        faults.append(Fault(f"given twice, the other time as {twin or '.'.join(path)}", where=clash))
-    tree[last] = value
-
-
-def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
-    """Values of `above` win. Another method or task takes nothing over: the old one's options are not its own."""
-    for key, value in above.items():
-        old = below.get(key)
-        if not (isinstance(old, dict) and isinstance(value, dict)) or _renamed(key, old, value):
-            below[key] = value
-        else:
-            _lay_over(old, value)
-
-
-def _renamed(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return key in ("task", "method") and "name" in old and new.get("name", old["name"]) != old["name"]
-
-
-def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of plain values: paths and dates as text, keys as text."""
-    return json.loads(json.dumps(dict(tree), default=str))
-
-
-def _place(where: str, sources: Mapping[str, str], name: str) -> str:
-    """Where the value of a key was given: `r.yaml, written as "lr": train.learning_rate`."""
-    beneath = next((source for key, source in sources.items() if key.startswith(f"{where}.")), name)
-    origin = sources.get(where, beneath)
-    return where if where == "command line" else f"{origin}: {where}"
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _rooted(folder: Path, place: str) -> Path:
-    """Beside the recipe if it exists there, else from where the command was started."""
-    path = Path(place).expanduser()
-    beside = (folder / path).resolve()
-    if not beside.exists() and not path.exists() and HUB_DATA.fullmatch(place):
-        return path  # perhaps a hub id, which means the same everywhere
-    return beside if beside.exists() else path.resolve()
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in tree.items():
-        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [f"{prefix}{key}"]
-    return keys
-
-
-def _commented(tree: Mapping[str, Any], notes: Mapping[str, str], prefix: str = "", indent: str = "") -> str:
-    lines = ""
-    for key, value in tree.items():
-        where = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            lines += f"{indent}{key}:\n{_commented(value, notes, f'{where}.', indent + '  ')}"
-            continue
-        text = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
-        short = next((notes[s] for s in (where, prefix.removesuffix(".")) if s in notes and _main(where, s)), "default")
-        lines += f"{indent}{key}: {text}  # {short}\n"
-    return lines
-
-
-def _main(where: str, source: str) -> bool:
-    """`model: X` in the file is the source of `model.checkpoint`, not of the other model keys."""
-    return where == source or where == f"{source}.{SHORT.get(source)}"

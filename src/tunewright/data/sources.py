@@ -19,7 +19,7 @@ from tunewright.data import inspection
 from tunewright.data.columns import match
 from tunewright.data.raw import RawRow, Table, shown
 from tunewright.errors import Fault, nearest
-from tunewright.recipe import HUB_DATA
+from tunewright.recipe_text import HUB_DATA
 
 if TYPE_CHECKING:
     from tunewright.contracts import Field, Record
