@@ -488,3 +488,14 @@ def test_relative_places_are_found_beside_the_recipe_and_hub_ids_stay(tmp_path, 
     assert recipe.data.train == str(tmp_path / "a" / "rows.csv")
     assert recipe.model.checkpoint == str(tmp_path / "a" / "base")
     assert read(tmp_path, LINES + "method: lora\n").model.checkpoint == "org/base"
+
+
+def test_options_left_out_stand_as_comments_and_the_file_is_the_same_recipe(tmp_path):
+    tree = {"model": "m", "data": "d.csv", "method": {"name": "lora", "r": 4}}
+    recipe = Recipe.of(tree | {"task": {"name": "text-classification", "class_weights": {"a": 1.0, "b": 2.0}}})[0]
+    options = {"task": {"max_length": None, "class_weights": {}}, "method": {"r": 4, "target_modules": "all-linear"}}
+    recipe.write(tmp_path / "r.yaml", None, options)
+    text = (tmp_path / "r.yaml").read_text()
+    assert "    b: 2.0  # recipe\n  # max_length: null  # default\ndata:" in text
+    assert '  r: 4  # recipe\n  # target_modules: "all-linear"  # default\ntrain:' in text
+    assert Recipe.read(tmp_path / "r.yaml")[0].digest() == recipe.digest()

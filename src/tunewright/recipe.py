@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import typing
 from collections.abc import Mapping, Sequence
@@ -201,10 +202,25 @@ class Recipe:
         tree["method"] = {"name": self.method.name, **self.method.options}
         return json.loads(json.dumps(tree))
 
-    def write(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
-        """YAML with every default spelt out, and behind each value where it came from."""
-        notes = {**self.came_from, **(notes or {})}
-        path.write_text(commented(self.tree(), notes), encoding="utf-8")
+    def write(
+        self,
+        path: Path,
+        notes: Mapping[str, str] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """YAML with every default spelt out, and behind each value where it came from.
+
+        options: all options of task and method, which the recipe itself does not know; those it leaves out stand as
+        comments, so that the file stays the same recipe.
+        """
+        text = commented(self.tree(), {**self.came_from, **(notes or {})})
+        for section, values in (options or {}).items():
+            given = getattr(self, section).options
+            left = "".join(f"  # {k}: {json.dumps(v)}  # default\n" for k, v in values.items() if k not in given)
+            head, tail = text.split(f"{section}:\n", 1)
+            own = "".join(itertools.takewhile(lambda line: line.startswith(" "), tail.splitlines(True)))
+            text = f"{head}{section}:\n{own}{left}{tail.removeprefix(own)}"
+        path.write_text(text, encoding="utf-8")
 
     def digest(self) -> str:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""

@@ -6,6 +6,7 @@ check -> folder -> base -> fit -> model/ -> evidence on the test rows, opened on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import platform
 import subprocess
@@ -130,7 +131,8 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
         facts["base_sha256"] = loaded.origin["sha256"]
         run.write_json("data.json", facts)
         own_rate = {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
-        recipe.write(run.path / "recipe.yaml", own_rate)
+        options = {"task": dataclasses.asdict(prepared.task), "method": dataclasses.asdict(method)}
+        recipe.write(run.path / "recipe.yaml", own_rate, options)
 
     began = time.perf_counter()
     watchers = [watching.Log(run, recipe.train.logging_steps), watching.Progress(quiet), *callbacks]
