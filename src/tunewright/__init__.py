@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from tunewright.recipe import Recipe
+from tunewright.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["Recipe", "Run", "__version__", "check", "compare", "load", "train"]
 
 # Threads that spin while they wait made a busy two-core machine 2.5 to 5.7 times slower (docs/facts.md).

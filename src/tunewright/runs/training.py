@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import tunewright
 from tunewright.contracts import Baseline, Callback, Loaded, Method, State, Task
 from tunewright.data.batches import Examples
 from tunewright.engine import callbacks as watching
@@ -37,6 +36,7 @@ from tunewright.runs.evidence import gather
 from tunewright.runs.evidence.verdict import visible_sentence
 from tunewright.runs.report.card import write_card
 from tunewright.runs.report.page import write_report
+from tunewright.version import __version__
 
 Say = Callable[[str], None]
 
@@ -187,7 +187,7 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
 
         versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
         stored = {
-            "tunewright": tunewright.__version__, "python": platform.python_version(), **versions,
+            "tunewright": __version__, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
             "precision": precision, "precision_reason": why, "seed": recipe.seed,
             "ranks": distributed.size(), **_commit(),

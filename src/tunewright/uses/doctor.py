@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-import tunewright
 from tunewright.engine.distributed import choose_device, choose_threads
 from tunewright.engine.precision import choose_precision
 from tunewright.uses import selftests
+from tunewright.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "huggingface-hub", "numpy", "pyarrow", "pillow")
 # extra -> (packages it brings, what they enable); a test holds this against pyproject.toml
@@ -40,7 +40,7 @@ def doctor() -> dict[str, Any]:
     found = selftests.run_all()
     return {
         "ok": all(test.ok for test in found),
-        "versions": {"tunewright": tunewright.__version__, "python": platform.python_version()} | _versions(PACKAGES),
+        "versions": {"tunewright": __version__, "python": platform.python_version()} | _versions(PACKAGES),
         "platform": platform.platform(),
         "device": {"name": device.type, "reason": why_device},
         "threads": {"count": threads, "reason": why_threads},
