@@ -121,3 +121,18 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory):
         return Recipe.of(tiny_tree(task_name, root / task_name) | keys)[0]
 
     return make
+
+
+@pytest.fixture
+def cli(capsys):
+    """`cli("check", ...)` -> (exit code, stdout, stderr)."""
+
+    from tunewright.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

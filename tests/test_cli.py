@@ -43,19 +43,6 @@ def run(desk) -> Path:
 
 
 @pytest.fixture
-def cli(capsys):
-    """`cli("check", ...)` -> (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def no_model(monkeypatch):
     """Any attempt to load a model or its processor explodes."""
     import transformers
@@ -411,6 +398,23 @@ def test_a_network_that_swallows_connections_does_not_hold_us_up(monkeypatch):
     with pytest.raises(ModelError, match="did not answer"):
         load.resolve(ModelSpec("nobody/nothing"))
     assert time.perf_counter() - began < 3.5
+
+
+def test_a_hub_that_connects_and_stays_silent_does_not_hold_us_up(monkeypatch):
+    import huggingface_hub
+
+    from tunewright.errors import ModelError
+    from tunewright.models import load
+    from tunewright.recipe import ModelSpec
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(load, "_cached", lambda name, revision: None)
+    monkeypatch.setattr(load, "_connect", lambda endpoint: time.sleep(1))  # its time counts too
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: time.sleep(20))
+    began = time.perf_counter()
+    with pytest.raises(ModelError, match="did not answer within 3 seconds"):
+        load.resolve(ModelSpec("nobody/nothing"))
+    assert time.perf_counter() - began < load.HUB_SECONDS + 1
 
 
 # ------------------------------------------------------- one document, exit codes

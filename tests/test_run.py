@@ -22,7 +22,6 @@ import yaml
 from conftest import tiny_tree, write_image_rows, write_text_rows
 
 import tunewright
-from tunewright.cli import main
 from tunewright.errors import DataError, ModelError, RecipeError, RunError, TrainError, UserError
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir
@@ -59,19 +58,6 @@ def runs(house) -> dict[str, Path]:
         made[name] = house / "runs" / name
         tunewright.train(tree(house, name, output_dir=str(made[name])), quiet=True)
     return made
-
-
-@pytest.fixture
-def cli(capsys):
-    """`cli("predict", ...)` -> (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

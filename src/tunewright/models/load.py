@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from tunewright.models.layout import layout_of, within
 from tunewright.recipe import ModelSpec
 
 CONNECT_SECONDS = 2.0  # a hub that takes no connection by then is away; transformers alone would try for 24 to 47 s
-HUB_SECONDS = 4.0  # and one that took it has so long to answer
+HUB_SECONDS = 3.0  # connecting included: with the start of Python the answer comes within five
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.md"]
 PROCESSOR_FILES = {
     "AutoTokenizer": ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken"),
@@ -101,9 +102,10 @@ def _download(name: str, revision: str | None, cache: str) -> Path:
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     if not offline:
         thread = threading.Thread(target=ask, daemon=True)  # a name server that hangs cannot be interrupted otherwise
+        asked = time.monotonic()
         thread.start()
         if connected.wait(CONNECT_SECONDS):
-            thread.join(HUB_SECONDS)
+            thread.join(max(0.0, asked + HUB_SECONDS - time.monotonic()))
     if not offline and answer and not isinstance(answer[0], Exception):
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     why = "HF_HUB_OFFLINE is set" if offline else _hub_problem(answer)
@@ -135,7 +137,7 @@ def _connect(endpoint: str) -> None:
 
 def _hub_problem(answer: Sequence[Any]) -> str:
     if not answer:
-        return "the hub did not answer within seconds"
+        return f"the hub did not answer within {HUB_SECONDS:.0f} seconds"
     kind = type(answer[0]).__name__
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "GatedRepoError"):
         return f"the hub says {kind} (a misspelt id, or a private one that needs `hf auth login`)"

@@ -6,7 +6,8 @@ Knows recipe, data, task and method as contracts. Collects every fault there is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tunewright.models.load import resolve
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
 from tunewright.runs.evidence.verdict import visible_sentence
+
+MANY_ROWS = 5000  # from here on encoding them takes long enough to show how far it is
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ def lengths(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Lengths and truncation over examples that have them; {} where examples have no length."""
     if not len(examples) or "length" not in examples[0]:
         return {}
-    sizes = np.array([examples[i]["length"] for i in range(len(examples))])
-    cut = sum(examples[i].get("truncated", 0) > 0 for i in range(len(examples)))
+    pairs = [(e["length"], e.get("truncated", 0) > 0) for e in _watched(examples, "reading training rows")]
+    sizes, cut = np.array([size for size, _ in pairs]), sum(is_cut for _, is_cut in pairs)
     return {
         "lengths": {
             "min": int(sizes.min()), "median": int(np.median(sizes)), "p95": int(np.quantile(sizes, 0.95)),
@@ -171,12 +174,22 @@ def lengths(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _watched(rows: Sequence[Any], what: str) -> Iterable[Any]:
+    """The rows, with a bar and the time left on stderr where there are so many that a person would wonder."""
+    from tqdm import tqdm
+
+    return tqdm(
+        (rows[i] for i in range(len(rows))), what, len(rows), leave=False, unit="row", file=sys.stderr,
+        disable=len(rows) < MANY_ROWS or not distributed.is_first(),
+    )  # fmt: skip
+
+
 def cut_sentence(prepared: Prepared, task: Task, loaded: Loaded) -> list[str]:
     """How many held-out rows are longer than the model sees: they are scored on what fits, for base and tuned alike."""
     rows = prepared.data.test
     if not rows or "truncated" not in task.encode(rows[0], loaded):
         return []
-    cut = sum(task.encode(record, loaded)["truncated"] > 0 for record in rows)
+    cut = sum(task.encode(record, loaded)["truncated"] > 0 for record in _watched(rows, "reading held-out rows"))
     return [f"{cut} of {len(rows)} held-out rows are cut to fit and scored on what is left."] if cut else []
 
 

@@ -30,11 +30,16 @@ def visible_sentence(n: int, metric: Metric | None = None) -> str:
             f"{n} held-out rows: how small a change of {metric.name} they can show depends on how much rows differ "
             "from each other, and is said with the verdict."
         )
-    few, usual, many = (round(100 * smallest_visible(n, share)) for share in (0.05, USUAL_SHARE, 0.2))
+    few, usual, many = (_points(smallest_visible(n, share)) for share in (0.05, USUAL_SHARE, 0.2))
     return (
         f"{n} held-out rows: no change under {usual} points can be seen if base and tuned differ on a tenth of "
         f"the rows ({few} points on a twentieth, {many} on a fifth)."
     )
+
+
+def _points(share: float) -> str:
+    """Whole points, and tenths where a whole one says too little."""
+    return f"{100 * share:.0f}" if share >= 0.0195 else f"{100 * share:.1f}"
 
 
 def verdict(
