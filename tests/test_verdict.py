@@ -212,7 +212,7 @@ def test_a_worse_model_is_not_advised():
 # --------------------------------------------------------------- before the first step
 @pytest.mark.parametrize(("n", "points"), [(50, (13, 9, 18)), (100, (9, 6, 13)), (500, (4, 3, 6)), (2000, (2, 1.4, 3))])
 def test_what_a_test_set_can_show_is_said_beforehand(n, points):
-    """Worked out beforehand, for 80 % power: 12.5, 8.9, 17.7 at 50 rows; 8.9, 6.3, 12.5 at 100; 4.0, 2.8, 5.6; 2.0, 1.4, 2.8."""
+    """For 80 % power: 12.5, 8.9, 17.7 at 50 rows; 8.9, 6.3, 12.5 at 100; 4.0, 2.8, 5.6; 2.0, 1.4, 2.8."""
     usual, few, many = points
     text = visible_sentence(n)
     assert f"no change under {usual} points" in text
