@@ -88,6 +88,18 @@ ROWS = {
 }
 
 
+# What makes no sense: no tokens, nothing to put tokens before. Each must be refused before the first step.
+REFUSED: set[tuple[str, str]] = set()
+
+
+def every_cell() -> list[tuple[str, str]]:
+    """(task, method), all that work together."""
+    from tunewright import find
+
+    both = [(task, method) for task in find.names("tasks") for method in find.names("methods")]
+    return [cell for cell in both if cell not in REFUSED]
+
+
 def tiny_tree(task_name: str, where: Path, *, n: int = 60, dropout: float = 0.0, **keys: Any) -> dict[str, Any]:
     """A recipe's mapping for any task: a tiny checkpoint and rows, chosen by what the task says it needs."""
     from tunewright import find

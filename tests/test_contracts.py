@@ -8,17 +8,18 @@ import inspect
 
 import pytest
 import torch
-from conftest import same_answers, tiny_tree
+from conftest import REFUSED, every_cell, same_answers, tiny_tree
 
 from tunewright import find
 from tunewright.contracts import Field, Loss, Method, Metric, Task
 from tunewright.data import records
+from tunewright.errors import MethodError
 from tunewright.metrics import statistics
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import Recipe
 from tunewright.runs import checking
 
-TASKS, METHODS = find.names("tasks"), find.names("methods")
+TASKS, METHODS, CELLS = find.names("tasks"), find.names("methods"), every_cell()
 
 
 def test_the_folders_are_not_empty():
@@ -149,10 +150,22 @@ def test_method_recommends_a_rate_with_a_reason(method_name):
     assert len(cls.learning_rate_reason) > 20
     assert isinstance(cls.standalone, bool)
     assert not inspect.isabstract(cls)
+    assert find.build("methods", method_name, {}, Method).recommended() == (cls.learning_rate, cls.learning_rate_reason)
 
 
 @pytest.mark.parametrize("method_name", METHODS)
-@pytest.mark.parametrize("name", TASKS)
+def test_method_says_in_a_line_when_to_use_it(method_name):
+    assert 40 < len(find.advice("methods", method_name)) < 400
+
+
+@pytest.mark.parametrize(("name", "method_name"), sorted(REFUSED))
+def test_what_makes_no_sense_is_refused_with_a_way_out(prepared, name, method_name):
+    _, _, loaded = prepared(name)
+    with pytest.raises(MethodError, match=r"lora|head|full"):
+        find.build("methods", method_name, {}, Method).apply(loaded.model, loaded)
+
+
+@pytest.mark.parametrize(("name", "method_name"), CELLS)
 def test_after_apply_the_model_is_called_as_before_and_starts_where_the_base_was(prepared, name, method_name):
     ready, task, loaded = prepared(name)
     batch = task.collate([task.encode(r, loaded) for r in ready.data.train[:4]])
@@ -161,11 +174,12 @@ def test_after_apply_the_model_is_called_as_before_and_starts_where_the_base_was
         method = find.build("methods", method_name, {}, Method)
         model = method.apply(loaded.model, loaded).eval()
         after = task.predict(model, batch, loaded)
-    same_answers(before, after, abs=1e-5)
+    assert [a.keys() for a in before] == [a.keys() for a in after]
+    if method.additive:
+        same_answers(before, after, abs=1e-5)
 
 
-@pytest.mark.parametrize("method_name", METHODS)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "method_name"), CELLS)
 def test_what_trains_is_float32_includes_what_is_fresh_and_stands_in_one_group(prepared, name, method_name):
     _ready, _task, loaded = prepared(name)
     method = find.build("methods", method_name, {}, Method)
@@ -182,9 +196,8 @@ def test_what_trains_is_float32_includes_what_is_fresh_and_stands_in_one_group(p
     assert set(method.state(model)) == set(trainable)
 
 
-@pytest.mark.parametrize("method_name", METHODS)
-@pytest.mark.parametrize("name", TASKS)
-def test_merged_answers_as_unmerged_and_the_model_is_left_alone(prepared, name, method_name):
+@pytest.mark.parametrize(("name", "method_name"), CELLS)
+def test_merged_answers_as_unmerged_or_merging_is_refused(prepared, name, method_name):
     ready, task, loaded = prepared(name)
     method = find.build("methods", method_name, {}, Method)
     model = method.apply(loaded.model, loaded)
@@ -193,6 +206,10 @@ def test_merged_answers_as_unmerged_and_the_model_is_left_alone(prepared, name, 
         if parameter.requires_grad:  # as after training: a LoRA at its start would merge to nothing
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     batch = task.collate([task.encode(r, loaded) for r in ready.data.train[:4]])
+    if not method.folds:
+        with pytest.raises(MethodError, match="fold"):
+            method.merge(model)
+        return
     with torch.no_grad():
         model.eval()
         own = task.predict(model, batch, loaded)
@@ -202,8 +219,7 @@ def test_merged_answers_as_unmerged_and_the_model_is_left_alone(prepared, name, 
     assert type(merged).__module__.startswith("transformers"), "a merged model is a plain one"
 
 
-@pytest.mark.parametrize("method_name", METHODS)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "method_name"), CELLS)
 def test_frozen_parts_stand_in_eval_mode_and_batch_norms_always_do(prepared, name, method_name):
     _, _, loaded = prepared(name)
     model = find.build("methods", method_name, {}, Method).apply(loaded.model, loaded)

@@ -12,8 +12,8 @@ from tunewright import find
 from tunewright.contracts import Method
 from tunewright.engine.evaluate import predict_rows
 from tunewright.errors import MethodError, RecipeError
-from tunewright.methods.head import solve
 from tunewright.models.layout import layout_of, linear_names, max_positions, within
+from tunewright.models.probe import solve
 from tunewright.models.surgery import count_parameters
 from tunewright.runs import checking
 from tunewright.runs.training import train

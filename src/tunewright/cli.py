@@ -384,8 +384,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace, folder: str) -> int:
-    entries = [{"name": name, "summary": find.summary(folder, name)} for name in find.names(folder)]
-    _result(options, entries, "\n".join(f"{e['name']:<24} {e['summary']}" for e in entries))
+    entries = [
+        {"name": name, "summary": find.summary(folder, name), "advice": find.advice(folder, name)}
+        for name in find.names(folder)
+    ]
+    lines = [f"{e['name']:<24} {e['summary']}" + (f"\n{'':<24} {e['advice']}" if e["advice"] else "") for e in entries]
+    _result(options, entries, "\n".join(lines))
     return 0
 
 

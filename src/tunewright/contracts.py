@@ -94,8 +94,8 @@ class Layout:
     blocks: tuple[str, ...]  # shallow to deep; may come from several lists (encoder, decoder; stages)
     embedding: str | None  # None for models without a lookup table
     head: str | None
-    attention: tuple[str, ...] = ()  # last name segments, e.g. ("q_proj", "v_proj")
-    mlp: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()  # the matrix products inside blocks that make attention; () in a convolutional net
+    mlp: tuple[str, ...] = ()  # all other matrix products inside blocks
 
 
 @dataclass
@@ -247,11 +247,18 @@ class Method(ABC):
     learning_rate: ClassVar[float]  # the recommendation where the recipe names none
     learning_rate_reason: ClassVar[str]
     standalone: ClassVar[bool]  # True: `save` writes a whole model that needs no base to be opened
+    folds: ClassVar[bool] = True  # False: the change cannot be folded into the weights, `merge` raises
+    additive: ClassVar[bool] = True  # False: the untrained start already answers otherwise than the base (prompts)
+    packs: ClassVar[bool] = True  # False: what it puts before a sequence would stand before several packed ones
 
     @property
     @abstractmethod
     def keeps_base(self) -> bool:
         """True: the base stays intact inside, no second copy is needed (LoRA yes, full no)."""
+
+    def recommended(self) -> tuple[float, str]:
+        """The learning rate for these options, and why."""
+        return self.learning_rate, self.learning_rate_reason
 
     def remarks(self) -> list[str]:
         """What a person should know about these options before training, in sentences."""
@@ -274,7 +281,10 @@ class Method(ABC):
     def groups(
         self, model: nn.Module, loaded: Loaded, learning_rate: float, weight_decay: float
     ) -> list[dict[str, Any]]:
-        """Optimiser groups of (name, parameter) pairs. Default: decay on matrices, none on norms and biases."""
+        """Optimiser groups of (name, parameter) pairs. Default: decay on matrices, none on norms and biases.
+
+        A group may carry "since", the progress in [0, 1) at which it began to train: its rate is warmed up from there.
+        """
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return [
             {"params": [(n, p) for n, p in named if p.ndim > 1], "lr": learning_rate, "weight_decay": weight_decay},
@@ -292,8 +302,11 @@ class Method(ABC):
         """Added to the step once (anchored decay, EWC, FedProx)."""
         return None
 
-    def after_step(self, model: nn.Module) -> None:  # noqa: B027  (a no-op until overridden)
-        """Put back what must not have moved (masks)."""
+    def after_step(self, model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:  # noqa: B027
+        """Put back what must not have moved (masks), or pull it back (anchors).
+
+        groups: the optimiser's, with the rate of this step under "lr" and names under "param_names".
+        """
 
     def reference(self, model: nn.Module, start: nn.Module | None) -> AbstractContextManager[nn.Module]:
         """The model as it was before training, for the length of a `with` block.
@@ -306,6 +319,13 @@ class Method(ABC):
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The smallest set of tensors, by name in the model, from which `apply` + load gives this model again."""
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def restore(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` gave, before the optimiser is built. A name that is not there raises KeyError."""
+        places = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.no_grad():
+            for name, value in tensors.items():
+                places[name].copy_(value)
 
     @abstractmethod
     def merge(self, model: nn.Module) -> nn.Module:
@@ -321,6 +341,14 @@ class Method(ABC):
     def open(self, loaded: Loaded, folder: Path) -> nn.Module:
         """What `save` wrote, on its base again. Only asked where `standalone` is False."""
         raise NotImplementedError
+
+    def opening(self, loaded: Loaded) -> list[str]:
+        """Lines of Python that turn `base` into the tuned `model`, with libraries of the field and none of ours.
+
+        They run beside the folder `model/`, stand in the model card, and are run by tests. Only asked where
+        `standalone` is False.
+        """
+        return ["from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "model").eval()']
 
 
 # ---------------------------------------------------------------------- Callback

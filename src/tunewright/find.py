@@ -33,6 +33,13 @@ def summary(folder: str, name: str) -> str:
     return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
+def advice(folder: str, name: str) -> str:
+    """When to use it: the paragraph of a file's docstring that begins with "Use it", as one line; "" without one."""
+    tree = ast.parse((HOME / folder / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    paragraphs = (ast.get_docstring(tree) or "").split("\n\n")
+    return " ".join(next((p for p in paragraphs if p.startswith("Use it")), "").split())
+
+
 def find(folder: str, name: str, kind: type[T]) -> type[T]:
     """The class of that name.
 

@@ -52,7 +52,7 @@ class TrainSpec:
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 32
     optim: Literal["adamw", "sgd", "adafactor"] = "adamw"
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "slanted_triangular"] = "cosine"
     warmup_steps: float = 0.03  # a count, or a share of all steps when below 1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0 switches clipping off
@@ -82,6 +82,14 @@ class EvaluateSpec:
 
 
 @dataclass(frozen=True)
+class ExportSpec:
+    """What is written beside `model/`, in forms that need no adapter."""
+
+    merged: bool = False  # also `merged/`: the change folded into the weights, proven equal in a new process
+    tolerance: float = 1e-3  # largest difference of a logit that still counts as equal, relative to the largest logit
+
+
+@dataclass(frozen=True)
 class Choice:
     """A name and its options: `{name: lora, r: 8}` in YAML, or only the name."""
 
@@ -102,6 +110,7 @@ class Recipe:
     method: Choice
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
+    export: ExportSpec = ExportSpec()
     seed: int = 0
     came_from: dict[str, str] = field(default_factory=dict, compare=False)  # key -> why, where it is not the default
 
@@ -162,7 +171,7 @@ class Recipe:
         found = list(faults)
         tree = plain(tree)
         sources = dict(dict.fromkeys(flat(tree), name) if sources is None else sources)
-        tree = _expand(_translate(tree, sources, found))
+        tree = _spelt_out(_expand(_translate(tree, sources, found)), sources, found)
         output_dir = tree.pop("output_dir", None)
         if output_dir is not None and not isinstance(output_dir, str):
             found.append(Fault("wrong kind of value", where="output_dir", expected="a folder", got=repr(output_dir)))
@@ -225,6 +234,7 @@ class Recipe:
     def digest(self) -> str:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""
         tree = self.tree()
+        del tree["export"]  # what is written besides; the experiment is the same
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
         general = tree["evaluate"]["general"]
@@ -301,8 +311,49 @@ def _translate(tree: dict[str, Any], sources: dict[str, str], faults: list[Fault
     return tree
 
 
+# Names under which people know a method with certain options: what each is short for.
+SHORT_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "qlora": {"method": {"name": "lora"}, "model": {"quantize": "nf4"}},
+    "dora": {"method": {"name": "lora", "use_dora": True}},
+    "rslora": {"method": {"name": "lora", "use_rslora": True}},
+    "gradual-unfreezing": {"method": {"name": "layers", "unfreeze": 0.3}},
+    "discriminative": {"method": {"name": "layers"}},
+    "lp-ft": {"method": {"name": "layers", "head_first": True}},
+    "bitfit": {"method": {"name": "layers", "only": "biases"}},
+    "linear-probe": {"method": {"name": "head"}},
+    "transfer-learning": {"method": {"name": "head"}},
+    "adapter": {"method": {"name": "bottleneck"}},
+}
+
+
+def _spelt_out(tree: dict[str, Any], sources: dict[str, str], faults: list[Fault]) -> dict[str, Any]:
+    """A short name of a method replaced by what it stands for; what the recipe itself says of a key must agree."""
+    method = tree.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    meant = SHORT_METHODS.get(name.strip().replace("_", "-")) if isinstance(name, str) else None
+    if meant is None:
+        return tree
+    tree = plain(tree)
+    where = sources.get("method.name", "recipe")
+    for section, keys in meant.items():
+        for key, value in keys.items():
+            nest = tree.setdefault(section, {})
+            given = nest.get(key) if isinstance(nest, dict) else None
+            if (section, key) != ("method", "name") and given is not None and given != value:
+                problem = f'"{name}" means {section}.{key}={json.dumps(value)}'
+                faults.append(
+                    Fault(problem, where=f"{section}.{key}", got=repr(given), remedy="Leave one of them out.")
+                )
+            elif isinstance(nest, dict):
+                nest[key] = value
+                sources[f"{section}.{key}"] = f'{where}, meant by "{name}"'
+    return tree
+
+
 def _section_fields(section: str) -> set[str]:
-    kinds = {"model": ModelSpec, "data": DataSpec, "train": TrainSpec, "evaluate": EvaluateSpec}
+    kinds = {
+        "model": ModelSpec, "data": DataSpec, "train": TrainSpec, "evaluate": EvaluateSpec, "export": ExportSpec,
+    }  # fmt: skip
     return {f.name for f in dataclasses.fields(kinds[section])} if section in kinds else set()
 
 
@@ -420,6 +471,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "train.logging_steps": COUNT,
     "train.early_stopping_patience": COUNT,
     "data.holdout": ("more than 0 and less than 1", lambda v: 0 < v < 1),
+    "export.tolerance": ("more than 0, at most 1", lambda v: 0 < v <= 1),
     "evaluate.margin": ("from 0 to 1 (0.02 is two points)", lambda v: 0 <= v < 1),
 }
 

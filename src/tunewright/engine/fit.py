@@ -77,14 +77,16 @@ def fit(
     if found is None and (solved := method.start(model, task, loaded, steps.once_over())):
         return State(stop=solved), model
 
-    rate = train.learning_rate if train.learning_rate is not None else method.learning_rate
+    rate = train.learning_rate if train.learning_rate is not None else method.recommended()[0]
     warmup = schedules.warmup_count(train.warmup_steps, len(steps))
+    tensors: dict[str, dict[str, Tensor]] = {}
     if found is not None:
-        state = checkpoint.load(found)[0]
+        state, tensors, _ = checkpoint.load(found)
         method.advance(model, loaded, state.step / state.total)
+        method.restore(model, tensors["model"])
     optimizer = optimizers.build(train.optim, method.groups(model, loaded, rate, train.weight_decay))
     if found is not None:
-        restore(model, optimizer, found)
+        optimizers.load_state(optimizer, tensors["optimizer"])
         say(f"Continuing after step {state.step} of {state.total} (checkpoint {found.name}).")
     same_weights(model)
     if train.gradient_checkpointing:
@@ -103,12 +105,12 @@ def fit(
             set_mode(model, dropout=task.dropout, train_batch_norm=train.train_batch_norm)
             for micro_batches in todo:
                 factor = schedules.factor(train.lr_scheduler_type, state.step, state.total, warmup)
-                now = optimizers.set_rate(optimizer, factor)
+                now = optimizers.set_rate(optimizer, factor, state.step, state.total, warmup)
                 logs = accumulate(task, method, model, loaded, micro_batches, place, (seed, state.step))
                 logs |= {"learning_rate": now, "grad_norm": clip(model, train.max_grad_norm)}
                 stop_unless_finite(logs, state, micro_batches)
                 optimizer.step()
-                method.after_step(model)
+                method.after_step(model, optimizer.param_groups)
                 optimizer.zero_grad(set_to_none=True)
             synchronize(place.device)
             state.step += 1
@@ -137,7 +139,7 @@ def fit(
         raise
     if train.early_stopping_patience and state.best_step is not None and state.best_step != state.step:
         _, tensors, _ = checkpoint.load(checkpoint.at_step(run, state.best_step))
-        put_back(model, tensors["model"])
+        method.restore(model, tensors["model"])
         say(f"The weights of step {state.best_step} are kept: the best on validation.")
     for callback in callbacks:
         callback.on_end(state, model)
@@ -244,20 +246,6 @@ def save(
         checkpoint.save(run, state, digest, parts, {"rates": [g["initial_lr"] for g in optimizer.param_groups]})
         checkpoint.rotate(run, train.save_total_limit, state.best_step if train.early_stopping_patience else None)
     gathered(None)
-
-
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, path: object) -> None:
-    _, tensors, _ = checkpoint.load(path)  # type: ignore[arg-type]
-    put_back(model, tensors["model"])
-    optimizers.load_state(optimizer, tensors["optimizer"])
-
-
-def put_back(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors to where their names say. A name that is not there is our error, and raises KeyError."""
-    places = dict(model.named_parameters()) | dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in tensors.items():
-            places[name].copy_(value)
 
 
 def extended(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+LATE_WARMUP = 10  # steps over which newly unfrozen groups reach their rate, a twentieth of a short run's at most
 # Adam with bias correction (without it short runs on few rows are unstable), and no decay unless the group says so.
 MAKERS: dict[str, Any] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8),
@@ -23,10 +25,15 @@ def build(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Scale every group's own rate; returns the largest."""
+def set_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0, total: int = 1, warmup: int = 0) -> float:
+    """Scale every group's own rate; returns the largest.
+
+    A group that began to train later ("since", as progress) is warmed up from there: its moments are cold.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        began = math.ceil(group.get("since", 0.0) * total)
+        own = max(warmup, min(LATE_WARMUP, total // 20)) if began else 0
+        group["lr"] = group["initial_lr"] * factor * min(1.0, (step - began + 1) / (own + 1))
     return max(group["lr"] for group in optimizer.param_groups)
 
 

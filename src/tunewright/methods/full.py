@@ -1,5 +1,8 @@
 """Full fine-tuning: every weight trains. The most room to learn, the most memory, the most to forget.
 
+Use it when there are thousands of rows, the memory for it (16 bytes a weight) and one task to serve; also for
+convolutional nets, which are small.
+
 Knows Loaded, never a model class.
 """
 

@@ -9,11 +9,20 @@ from torch import nn
 
 from tunewright.contracts import Layout
 
+# What structure cannot tell: which product of an attention makes the keys and which the values. Last name segments.
+KEYS = ("key", "k_proj", "k_lin", "k", "wk", "key_proj")
+VALUES = ("value", "v_proj", "v_lin", "v", "wv", "value_proj")
+FUSED = ("c_attn", "query_key_value", "qkv", "qkv_proj", "Wqkv", "in_proj")  # queries, keys and values in one product
+
 
 def layout_of(model: nn.Module, head: str | None = None) -> Layout:
     """The layout of any model. `head`: the top-level name of the last layer where the loader knows it."""
     blocks = _blocks(model)
-    return Layout(blocks=blocks, embedding=_embedding(model), head=head or _head(model, blocks))
+    head = head or _head(model, blocks)
+    inside = [n for n in linear_names(model) if within(n, blocks)]
+    attention = tuple(n for n in inside if "att" in n.rpartition(".")[0].lower())
+    mlp = tuple(n for n in inside if n not in attention)
+    return Layout(blocks, _embedding(model), head, attention, mlp)
 
 
 def _blocks(model: nn.Module) -> tuple[str, ...]:

@@ -58,6 +58,9 @@ def prepare(recipe: Recipe) -> Prepared:
             task = task.fit_to(data.train)
         except RecipeError as error:
             faults += error.faults
+    if method is not None and recipe.export.merged and not method.folds:
+        problem = f"{recipe.method.name} cannot be folded into the weights"
+        faults.append(Fault(problem, where="export.merged", remedy="Leave it out, or take lora, bottleneck or full."))
     try:
         resolve(recipe.model)
     except ModelError as error:
@@ -149,10 +152,15 @@ def _left_out(records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
 
 def _collate(prepared: Prepared, task: Task, loaded: Loaded) -> Callable[[Sequence[Example]], Batch]:
     """How training rows become a micro-batch: padded by the task, or packed where task and model allow it."""
-    asked = prepared.recipe.train.packing
+    asked, method = prepared.recipe.train.packing, prepared.method
     if asked is False or (asked is None and not task.packs):
         return task.collate
-    able, why = can_pack(loaded.model) if task.packs else (False, "this task's rows are no token sequences")
+    if not task.packs:
+        able, why = False, "this task's rows are no token sequences"
+    elif not method.packs:
+        able, why = False, "this method puts something before every single sequence"
+    else:
+        able, why = can_pack(loaded.model)
     if asked and not able:
         raise RecipeError(Fault("cannot be", where="train.packing", got=why, remedy="Leave it out: rows are padded."))
     loaded.notes.append(f"Training rows are {'packed' if able else 'padded, not packed'}: {why}.")
@@ -197,15 +205,30 @@ def settings(prepared: Prepared, steps: Steps) -> list[str]:
     """What was chosen where the recipe left it open, each with its reason."""
     train, method = prepared.recipe.train, prepared.method
     rate = train.learning_rate
+    own, reason = method.recommended()
     said = [
         f"learning_rate {rate:g}, from the recipe."
         if rate is not None
-        else f"learning_rate {method.learning_rate:g}, the method's own: {method.learning_rate_reason}."
+        else f"learning_rate {own:g}, the method's own: {reason}."
     ]
     step = train.per_device_train_batch_size * train.gradient_accumulation_steps * distributed.size()
     rows = min(step, len(steps.examples))
     said.append(f"{len(steps)} steps of {rows} rows, {steps.per_epoch} steps a pass over {len(steps.examples)} rows.")
+    meant = [f"{key} is {shown}" for key, shown in _short_names(prepared.recipe)]
+    said += [f"method: {' and '.join(meant)}."] * bool(meant)
     return said + method.remarks()
+
+
+def _short_names(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a method's short name stood for: (key, value with the name it was meant by)."""
+    found = []
+    for key, source in recipe.came_from.items():
+        _, sign, name = source.partition(", meant by ")
+        section, _, last = key.partition(".")
+        if sign:
+            part = recipe.tree()[section][last]
+            found.append((key, f"{part}, meant by {name}"))
+    return found
 
 
 def check(recipe: Recipe) -> dict[str, Any]:

@@ -311,11 +311,10 @@ def _usage(run: RunDir, task: Task, method: Method, loaded: Loaded, recipe: Reci
         revision = f', revision="{origin["revision"]}"' if origin["revision"] else ""
         lines = [
             f"from transformers import AutoConfig, {auto}, {processor}",
-            "from peft import PeftModel",
             'config = AutoConfig.from_pretrained("model")',
             f'base = {auto}.from_pretrained("{origin["checkpoint"]}"{revision}, config=config, '
             "ignore_mismatched_sizes=True)",
-            'model = PeftModel.from_pretrained(base, "model").eval()',
+            *method.opening(loaded),
             f'processor = {processor}.from_pretrained("model")',
         ]
     return {
