@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import REFUSED, every_cell, same_answers
+from safetensors.torch import load_file, save_file
 
 from tunewright import find
 from tunewright.contracts import Callback
@@ -125,6 +126,95 @@ print(json.dumps([tuned_answers(predictor.task, predictor.model, predictor.loade
     for known, unknown in shared:  # asked without the answer at hand, it says the same
         if unknown:
             same_answers([{k: known[k] for k in unknown}], [unknown], abs=1e-6)
+
+
+class Pulled(Exception):
+    """The plug."""
+
+
+class Plug(Callback):
+    """Pulls it after a step that no checkpoint was written for."""
+
+    def on_step(self, state, logs):
+        if state.step == STOPPED_AFTER:
+            raise Pulled
+
+
+SAVED_EVERY, STOPPED_AFTER = 4, 11  # of 15 steps
+
+
+@pytest.mark.parametrize(("task", "method"), CELLS)
+def test_stopped_in_the_middle_and_started_again_ends_with_the_same_bytes(tiny_recipe, tmp_path, task, method):
+    options = {"name": method} | ({"solver": "steps"} if "solver" in fields(method) else {})
+    steps = {"max_steps": 15, "save_steps": SAVED_EVERY, "learning_rate": rate(method), "logging_steps": 1}
+    recipe = tiny_recipe(task, method=options, train=steps | {"precision": "float32"})
+    quiet = {"quiet": True, "say": lambda text: None}
+    with pytest.raises(Pulled):
+        train(recipe, tmp_path / "stopped", callbacks=[Plug()], **quiet)
+    assert (tmp_path / "stopped" / "checkpoints" / "000008").is_dir()
+    said: list[str] = []
+    runs = [
+        train(recipe, tmp_path / "stopped", quiet=True, say=said.append),
+        train(recipe, tmp_path / "straight", **quiet),
+    ]
+    assert any("Continuing after step 8 of 15" in text for text in said)
+    weights = [{p.name: p.read_bytes() for p in (run.path / "model").glob("*.safetensors")} for run in runs]
+    assert weights[0] == weights[1] != {}
+    logs = [[json.loads(x) | {"seconds": 0} for x in (r.path / "metrics.jsonl").read_text().splitlines()] for r in runs]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 15
+
+
+ALONE = """
+import json, os, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tunewright":
+            raise ImportError("tunewright is not here")
+
+sys.meta_path.insert(0, Blocker())
+import torch, transformers
+from safetensors.torch import load_file, save_file
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+found = {}
+for name, (folder, inputs) in json.loads(sys.stdin.read()).items():
+    os.chdir(folder)
+    usage = json.load(open("usage.json"))
+    there = {}
+    exec("\\n".join(usage["load"]), there)
+    with torch.inference_mode():
+        found[name] = there["model"].eval()(**load_file(inputs)).logits.clone()
+assert "tunewright" not in sys.modules
+save_file(found, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("task", find.names("tasks"))
+def test_the_lines_of_the_card_open_every_result_without_us(cell, tmp_path, task):
+    """Logits in a process that cannot import tunewright, by the lines that the card gives, equal ours."""
+    wanted, ours = {}, {}
+    for method in (method for name, method in CELLS if name == task):
+        run, _ = cell(task, method)
+        predictor = open_run(run.path)
+        record = checking.prepare(run.recipe()).data.test[0]
+        batch = predictor.task.collate([predictor.task.encode(record, predictor.loaded)])
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values") if k in batch}
+        with torch.inference_mode():
+            ours[method] = predictor.model(**inputs).logits.clone()
+        save_file(inputs, tmp_path / f"{method}.safetensors")
+        wanted[method] = (str(run.path), str(tmp_path / f"{method}.safetensors"))
+    assert len(wanted) >= 3
+    words = [sys.executable, "-c", ALONE, str(tmp_path / "theirs.safetensors")]
+    done = subprocess.run(words, input=json.dumps(wanted), capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(tmp_path / "theirs.safetensors")
+    assert theirs.keys() == ours.keys()
+    for method, logits in ours.items():
+        torch.testing.assert_close(theirs[method], logits, atol=1e-5, rtol=1e-4, msg=method)
+    several = torch.stack([logits for logits in ours.values()])
+    assert several.std(0).max() > 1e-3, "the methods ended in different places"
 
 
 @pytest.mark.parametrize(("task", "method"), CELLS)

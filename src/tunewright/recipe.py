@@ -334,7 +334,7 @@ def _spelt_out(tree: dict[str, Any], sources: dict[str, str], faults: list[Fault
     if meant is None:
         return tree
     tree = plain(tree)
-    where = sources.get("method.name", "recipe")
+    where = sources.get("method.name") or sources.get("method", "recipe")
     for section, keys in meant.items():
         for key, value in keys.items():
             nest = tree.setdefault(section, {})

@@ -16,7 +16,7 @@ def factor(kind: str, step: int, total: int, warmup: int) -> float:
     """What the rate is multiplied by in step `step` (the first is 0): up to 1 over the warm-up, then down to 0.
 
     kind: constant | linear | cosine | slanted_triangular.   Returns a number from 0 to 1; the first step of a warm-up
-    is not 0. The slanted triangle has its own rise, a tenth of all steps from 1/32 (Howard and Ruder 2018, section 3.2).
+    is not 0. The slanted triangle has its own rise: a tenth of all steps, from 1/32 on (Howard and Ruder 2018, 3.2).
     """
     if kind == "slanted_triangular":
         cut = max(1, math.floor(total * CUT_FRACTION))
