@@ -33,11 +33,11 @@ TRAIN = ["train.per_device_train_batch_size=16", "train.save_steps=100000", "tra
 COMMON: dict[str, list[str]] = {
     "head": ["method=head"],
     "full": ["method=full"],
-    "full, L2-SP": ["method=full", "method.l2_sp=1"],
+    "full, L2-SP": ["method=full", "method.l2_sp=100"],
     "layers: last 2 blocks": ["method=layers", "method.last=2"],
     "layers: discriminative": ["method=discriminative"],
     "layers: gradual unfreezing": ["method=gradual-unfreezing"],
-    "layers: slow unfreezing": ["method=gradual-unfreezing", "method.unfreeze=0.9"],
+    "layers: slow unfreezing": ["method=gradual-unfreezing", "method.unfreeze=0.9", "method.layer_decay=0.385"],
     "layers: biases (BitFit)": ["method=bitfit"],
     "layers: head first (LP-FT)": ["method=lp-ft"],
     "lora": ["method=lora"],
@@ -144,7 +144,7 @@ def smaller(base: Path, folder: Path, pixels: int) -> Path:
 
 
 # ---------------------------------------------------------------------- running
-def run(kind: str, shared: Path, out: Path, jobs: int, only: list[str], seeds: list[int]) -> None:
+def run(kind: str, shared: Path, out: Path, jobs: int, only: list[str], seeds: list[int], rows: list[int]) -> None:
     """All cells that are not in results.jsonl yet, `jobs` at a time."""
     out.mkdir(parents=True, exist_ok=True)
     setting = {"text": text_setting, "images": image_setting}[kind](shared.resolve(), out.resolve())
@@ -155,7 +155,7 @@ def run(kind: str, shared: Path, out: Path, jobs: int, only: list[str], seeds: l
         for seed in seeds
         for n in setting.epochs
         for name in [*setting.methods, "from scratch"]
-        if (kind, name, n, seed) not in done and (not only or name in only)
+        if (kind, name, n, seed) not in done and (not only or name in only) and (not rows or n in rows)
     ]
     print(f"{len(cells)} cells to run, {len(done)} done", file=sys.stderr)
 
@@ -282,10 +282,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with one thread")
     parser.add_argument("--only", nargs="*", default=[], help="names of methods")
+    parser.add_argument("--rows", nargs="*", type=int, default=[], help="numbers of training rows; none: all")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     options = parser.parse_args()
     if options.what == "run":
-        run(options.kind, options.shared, options.out, options.jobs, options.only, options.seeds)
+        run(options.kind, options.shared, options.out, options.jobs, options.only, options.seeds, options.rows)
     else:
         print(table(options.out))
 

@@ -89,7 +89,7 @@ ROWS = {
 
 
 # What makes no sense: no tokens, nothing to put tokens before. Each must be refused before the first step.
-REFUSED: set[tuple[str, str]] = set()
+REFUSED: set[tuple[str, str]] = {("image-classification", "prefix"), ("image-classification", "prompt")}
 
 
 def every_cell() -> list[tuple[str, str]]:

@@ -193,7 +193,7 @@ def test_what_trains_is_float32_includes_what_is_fresh_and_stands_in_one_group(p
     assert sorted(grouped) == sorted(trainable), "every trainable parameter in exactly one group"
     for group in method.groups(model, loaded, 1e-3, 0.1):
         assert all(p.ndim > 1 for _, p in group["params"]) or group["weight_decay"] == 0
-    assert set(method.state(model)) == set(trainable)
+    assert set(method.state(model)) >= set(trainable)
 
 
 @pytest.mark.parametrize(("name", "method_name"), CELLS)

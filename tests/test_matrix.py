@@ -80,7 +80,7 @@ def rate(method: str) -> float:
     """Tiny models want larger steps than real ones; the methods' own order is kept."""
     from tunewright.contracts import Method
 
-    return max(5e-3, 10 * find.find("methods", method, Method).learning_rate)
+    return min(1.0, max(5e-3, 10 * find.find("methods", method, Method).learning_rate))
 
 
 def fields(method: str) -> set[str]:

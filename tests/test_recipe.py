@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tunewright import find
+from tunewright.contracts import Method
 from tunewright.errors import Fault, RecipeError
-from tunewright.recipe import ALIASES, DataSpec, EvaluateSpec, ModelSpec, Recipe, TrainSpec
+from tunewright.recipe import ALIASES, SHORT_METHODS, Choice, DataSpec, EvaluateSpec, ModelSpec, Recipe, TrainSpec
 
 MINIMAL = {"model": "org/base", "task": "text-classification", "data": "rows.csv", "method": "lora"}
 LINES = "model: org/base\ntask: text-classification\ndata: rows.csv\n"
@@ -321,6 +323,37 @@ def test_a_key_given_under_two_names_is_refused_with_both(tmp_path, more, first,
     assert "given twice" in text
     assert first in text
     assert second in text
+
+
+# ------------------------------------------------------------- short names of methods
+@pytest.mark.parametrize("short", sorted(SHORT_METHODS))
+def test_a_short_name_becomes_what_it_means_and_says_so(tmp_path, short):
+    recipe = read(tmp_path, LINES + f"method: {short}\n")
+    meant = SHORT_METHODS[short]
+    tree = recipe.tree()
+    assert {key: tree[section][key] for section, keys in meant.items() for key in keys} == {
+        key: value for keys in meant.values() for key, value in keys.items()
+    }
+    assert recipe.came_from["method.name"] == f'tickets.yaml, meant by "{short}"'
+    assert find.build("methods", recipe.method.name, recipe.method.options, Method)
+    recipe.write(tmp_path / "resolved.yaml")
+    assert f'meant by "{short}"' in (tmp_path / "resolved.yaml").read_text()
+    assert Recipe.read(tmp_path / "resolved.yaml")[0] == recipe
+
+
+def test_the_short_names_of_the_field_are_known():
+    assert set(SHORT_METHODS) >= {
+        "qlora", "dora", "gradual-unfreezing", "bitfit", "linear-probe", "transfer-learning",
+    }  # fmt: skip
+    assert not set(SHORT_METHODS) & set(find.names("methods"))
+
+
+def test_options_beside_a_short_name_are_kept_and_contradictions_refused(tmp_path):
+    recipe = read(tmp_path, LINES + "method: {name: dora, r: 4}\n")
+    assert recipe.method == Choice("lora", {"r": 4, "use_dora": True})
+    assert read(tmp_path, LINES + "method: {name: gradual_unfreezing}\n").method.name == "layers"
+    text = refused(tmp_path, LINES + "method: {name: dora, use_dora: false}\n")
+    assert '"dora" means method.use_dora=true' in text
 
 
 # ------------------------------------------------------------------ overrides

@@ -264,6 +264,9 @@ class Method(ABC):
         """What a person should know about these options before training, in sentences."""
         return []
 
+    def reserve(self, loaded: Loaded) -> None:  # noqa: B027
+        """Before any row is read: take from the room of a sequence what the method itself will put into it."""
+
     @abstractmethod
     def apply(self, model: nn.Module, loaded: Loaded) -> nn.Module:
         """Freeze, insert or wrap; keep `loaded.fresh` trainable; return the module to train.

@@ -31,7 +31,7 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0, tot
     A group that began to train later ("since", as progress) is warmed up from there: its moments are cold.
     """
     for group in optimizer.param_groups:
-        began = math.ceil(group.get("since", 0.0) * total)
+        began = math.ceil(group.get("since", 0.0) * total - 1e-9)  # 0.1 * 3 is a hair more than 0.3
         own = max(warmup, min(LATE_WARMUP, total // 20)) if began else 0
         group["lr"] = group["initial_lr"] * factor * min(1.0, (step - began + 1) / (own + 1))
     return max(group["lr"] for group in optimizer.param_groups)

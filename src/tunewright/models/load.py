@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from tunewright.contracts import Loaded
 from tunewright.errors import Fault, ModelError, nearest
+from tunewright.models import quantize
 from tunewright.models.layout import layout_of, within
 from tunewright.recipe import ModelSpec
 
@@ -196,6 +197,10 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
 
     dtype, reason = _dtype(spec)
     _quiet(transformers)
+    whole = _kept_whole(auto_class, spec, folder, config)
+    if spec.quantize:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = config | {"quantization_config": quantize.settings(spec.quantize, whole, device)}
     where = f"model {spec.checkpoint}"
     try:
         model, report = getattr(transformers, auto_class).from_pretrained(
@@ -228,13 +233,26 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
         notes.append(f"New and random, because the checkpoint has none that fits: {', '.join(fresh)}.")
     if report["unexpected_keys"]:
         notes.append(f"{len(report['unexpected_keys'])} weights of the checkpoint are not used (another head).")
+    if spec.quantize:
+        notes.append(quantize.settle(model, spec.quantize, where))
     origin = {"checkpoint": spec.checkpoint, "revision": spec.revision or "", "sha256": weights_digest(folder)}
-    return Loaded(model, processor, layout, fresh=fresh, origin=origin, notes=notes)
+    loaded = Loaded(model, processor, layout, fresh=fresh, origin=origin, notes=notes)
+    if spec.quantize:
+        loaded.helpers["loading"] = quantize.loading_lines(spec.quantize, whole), quantize.SETTLING_LINES
+    return loaded
+
+
+def _kept_whole(auto_class: str, spec: ModelSpec, folder: Path, config: dict[str, Any]) -> list[str]:
+    """Modules that keep their precision in a base of few bits; [] where nobody asked for one."""
+    if not spec.quantize:
+        return []
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **config)
+    return quantize.keep_whole(auto_class, settings)
 
 
 def _dtype(spec: ModelSpec) -> tuple[torch.dtype | str, str]:
-    if spec.quantize:
-        raise ModelError(Fault("quantised bases are not built yet", where="model.quantize", remedy="Leave it out."))
     if spec.dtype:
         dtype = getattr(torch, spec.dtype, None)
         if not isinstance(dtype, torch.dtype):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tunewright.errors import Fault, MethodError
 from tunewright.models.layout import within
+from tunewright.models.quantize import weights_of
 
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -23,8 +25,12 @@ def freeze(model: nn.Module, except_for: tuple[str, ...] = ()) -> None:
 
 def train_in_float32(model: nn.Module) -> None:
     """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (docs/facts.md)."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.is_floating_point():
+            remedy = "Use method=lora, ia3, bottleneck or prefix, or leave model.quantize out."
+            problem = f"{name} is stored in few bits, which cannot train"
+            raise MethodError(Fault(problem, where="model.quantize", remedy=remedy))
+        if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
 
 
@@ -53,4 +59,4 @@ def _visit(module: nn.Module, parent_trains: bool, trainable: set[nn.Parameter])
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total), shared weights counted once."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(weights_of(p) for p in parameters)

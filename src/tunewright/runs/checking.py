@@ -61,6 +61,9 @@ def prepare(recipe: Recipe) -> Prepared:
     if method is not None and recipe.export.merged and not method.folds:
         problem = f"{recipe.method.name} cannot be folded into the weights"
         faults.append(Fault(problem, where="export.merged", remedy="Leave it out, or take lora, bottleneck or full."))
+    if method is not None and recipe.model.quantize and method.standalone:
+        problem = f"{recipe.method.name} writes a whole model, which a base in few bits cannot become"
+        faults.append(Fault(problem, where="model.quantize", remedy="Leave it out, or take lora, ia3 or bottleneck."))
     try:
         resolve(recipe.model)
     except ModelError as error:
@@ -127,6 +130,7 @@ def load(prepared: Prepared) -> tuple[Task, Loaded]:
 
     torch.manual_seed(derive_seed(prepared.recipe.seed, "head"))  # a new head is drawn while loading
     loaded = prepared.task.load(prepared.recipe.model, prepared.data.labels)
+    prepared.method.reserve(loaded)
     return prepared.task, loaded
 
 

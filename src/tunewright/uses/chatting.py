@@ -90,7 +90,7 @@ def _base_of(predictor: Predictor, place: str | None, say: Write) -> Speaker | N
     recipe = predictor.recipe
     method: Method = find.build("methods", recipe.method.name, recipe.method.options, Method)  # type: ignore[type-abstract]
     loaded = predictor.loaded
-    if not method.keeps_base:
+    if method.standalone or not method.keeps_base:
         from dataclasses import replace
 
         spec = replace(recipe.model, checkpoint=place) if place else recipe.model
@@ -98,7 +98,7 @@ def _base_of(predictor: Predictor, place: str | None, say: Write) -> Speaker | N
     if loaded.fresh:
         say(f"The base has no {', '.join(loaded.fresh)} of its own, so it has no answer to show; tuned alone answers.")
         return None
-    if method.keeps_base:
+    if method.keeps_base and not method.standalone:
         return Speaker("base", lambda: method.reference(predictor.model, None), loaded)
     device = next(predictor.model.parameters()).device
     beside = loaded.model.to(device).eval()

@@ -1,0 +1,194 @@
+"""What LoRA needs around peft: starts that leave the base alone, attributes that wrapped layers lack, saving.
+
+A start from the weights (PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA: Buyukakyuz 2024, arXiv 2406.01775) gives
+A and B values whose product must be taken off again, so that training begins at the base. Others take it off the
+base's weights; here a frozen copy (A0, B0) is subtracted beside them: W + s (B A - B0 A0). The base stays bit-equal,
+can be asked as a reference, and the result is an ordinary adapter of rank 2 r: [A; A0], [B, -B0]. Knows peft's LoRA
+layers, no method and no task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tunewright.contracts import Batch, Loaded, Task
+from tunewright.models import quantize
+
+NAME = "default"  # the adapter's name in peft
+FROM_WEIGHTS = ("pissa", "olora")
+# What a model may read off a convolution besides calling it (MobileNet pads by hand); peft's wrapper has none of them.
+ATTRIBUTES = ("stride", "kernel_size", "dilation")
+LENDING = [
+    "for layer in model.modules():  # this model reads these off its convolutions, and peft's wrapper lacks them",
+    '    if hasattr(layer, "base_layer") and hasattr(layer.base_layer, "stride"):',
+    "        inner = layer.base_layer",
+    "        layer.stride, layer.kernel_size, layer.dilation = inner.stride, inner.kernel_size, inner.dilation",
+]
+
+
+@contextlib.contextmanager
+def between_libraries() -> Iterator[None]:
+    """Without the deprecations that peft and transformers owe each other: a user can mend none of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def lacks_attributes(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
+def lend_attributes(model: nn.Module) -> None:
+    """Give the wrappers of convolutions what a model may read off them."""
+    for _, layer in lora_layers(model):
+        for name in ATTRIBUTES:
+            if hasattr(layer.base_layer, name) and not hasattr(layer, name):
+                setattr(layer, name, getattr(layer.base_layer, name))
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every wrapped layer with a product of its own."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and NAME in getattr(m, "lora_A", {})]
+
+
+# ---------------------------------------------------------------- starts from weights
+def start_from_weights(model: nn.Module, how: str) -> None:
+    """A and B of every linear layer begin as a part of its weight; (A0, B0), the same, is taken off beside them."""
+    for _, layer in lora_layers(model):
+        weight = getattr(layer.base_layer, "weight", None)
+        if weight is None or weight.ndim != 2:
+            continue  # convolutions and experts begin as usual, at nothing
+        few = type(layer.base_layer).__name__ in quantize.KINDS
+        matrix = (quantize.matrix(layer.base_layer) if few else weight).detach().float()
+        if type(layer.base_layer).__name__ == "Conv1D":
+            matrix = matrix.T
+        a, b = _parts(matrix, layer.r[NAME], layer.scaling[NAME], how)
+        layer.lora_A[NAME].weight.data.copy_(a)
+        layer.lora_B[NAME].weight.data.copy_(b)
+        layer.register_buffer("start_A", a.clone(), persistent=False)
+        layer.register_buffer("start_B", b.clone(), persistent=False)
+        layer.register_forward_hook(_take_off)
+
+
+def _parts(matrix: Tensor, r: int, scale: float, how: str) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with scale B A = the top of the singular values, or a part of the QR decomposition."""
+    if how == "olora":
+        q, upper = torch.linalg.qr(matrix)
+        return upper[:r].contiguous(), q[:, :r].contiguous()
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    root = (s[:r] / scale).sqrt()
+    return (root.unsqueeze(1) * v[:r]).contiguous(), (u[:, :r] * root).contiguous()
+
+
+def _take_off(layer: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook: the start's product, unless the adapter is switched off."""
+    if layer.disable_adapters or layer.merged:
+        return output
+    x = given[0].to(layer.start_A.dtype)
+    return output - layer.scaling[NAME] * (x @ layer.start_A.T @ layer.start_B.T).to(output.dtype)
+
+
+def starts(model: nn.Module) -> dict[str, Tensor]:
+    """(A0, B0) of every layer that has them: part of a checkpoint, since another machine's SVD differs in its signs."""
+    names = ("start_A", "start_B")
+    return {f"{n}.{k}": getattr(m, k).detach() for n, m in lora_layers(model) for k in names if hasattr(m, k)}
+
+
+# ---------------------------------------------------------------- a start from inputs
+def start_from_inputs(model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch], most: int) -> int:
+    """A of every linear layer becomes the top r directions of what flows into it (EVA: Paischer et al. 2024, arXiv
+    2410.07170, without moving ranks between layers). Returns how many layers."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(layer: Any, given: tuple[Any, ...]) -> None:
+            x = given[0].detach().flatten(0, -2).double()
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        return hook
+
+    layers = {n: m for n, m in lora_layers(model) if getattr(m.base_layer, "weight", torch.empty(0)).ndim == 2}
+    handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in islice(batches, most):
+                task.loss(model, batch, loaded)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, products in sums.items():
+        _, vectors = torch.linalg.eigh(products)  # ascending
+        weight = layers[name].lora_A[NAME].weight
+        weight.data.copy_(vectors.flip(1).T[: weight.shape[0]].to(weight))
+    return len(sums)
+
+
+# ------------------------------------------------------------------------- new tokens
+def new_tokens(model: nn.Module, loaded: Loaded) -> dict[str, list[int]] | None:
+    """The rows that were added to the embedding because the tokenizer knows more words than the base."""
+    ids = loaded.helpers.get("new_tokens")
+    if not ids or loaded.layout.embedding is None:
+        return None
+    return {loaded.layout.embedding: list(ids)}
+
+
+# ---------------------------------------------------------------------------- keeping
+def folded(model: nn.Module) -> nn.Module:
+    """The plain model with the product added to its weights, in float32; the given one stays as it is.
+
+    A quantised base is taken out of its few bits first: folding into 4 bits would round the change away.
+    """
+    plain = quantize.dequantized(model) if quantize.is_quantized(model) else copy.deepcopy(model)
+    plain = plain.float()
+    for _, layer in lora_layers(plain):
+        if hasattr(layer, "start_A"):
+            change = layer.scaling[NAME] * layer.start_B @ layer.start_A
+            flip = type(layer.base_layer).__name__ == "Conv1D"
+            layer.base_layer.weight.data -= change.T if flip else change
+            layer._forward_hooks.clear()
+    return plain.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+
+
+def save(model: nn.Module, loaded: Loaded, folder: Path) -> None:
+    """PEFT's format: adapter_model.safetensors and adapter_config.json, with the base's config and processor."""
+    model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+    model.config.save_pretrained(folder)  # type: ignore[union-attr,operator]  # label names stand here
+    loaded.processor.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours stands in the run folder
+    if taken := {name: layer for name, layer in lora_layers(model) if hasattr(layer, "start_A")}:
+        _double_rank(folder, taken)
+
+
+def _double_rank(folder: Path, taken: dict[str, Any]) -> None:
+    """Rewrite the saved adapter as one of rank 2 r: [A; A0] and [B, -B0], at the same scale."""
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(file)
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    for name, layer in taken.items():
+        a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        tensors[a] = torch.cat([tensors[a], layer.start_A.to(tensors[a])]).contiguous()
+        tensors[b] = torch.cat([tensors[b], -layer.start_B.to(tensors[b])], dim=1).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    own = {n: tensors[f"{n}.lora_A.weight"].shape[0] for n in taken}
+    scale = next(iter(taken.values())).scaling[NAME]
+    pattern = {n.removeprefix("base_model.model."): rank for n, rank in own.items()}
+    config["rank_pattern"] = pattern
+    config["alpha_pattern"] = {
+        n: scale * (math.sqrt(rank) if config["use_rslora"] else rank) for n, rank in pattern.items()
+    }
+    settings.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
