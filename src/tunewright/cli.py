@@ -21,6 +21,7 @@ from tunewright import find
 from tunewright.errors import Fault, RecipeError, TunewrightError, UserError, nearest
 
 RECIPE_HELP = "a recipe (YAML), or none and the keys below"
+WAYS = ("linear", "add", "ties", "dare", "soup")
 KEYS_HELP = "section.key=value: sets or overrides a key, such as train.learning_rate=1e-4 or method=head"
 
 
@@ -154,6 +155,20 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     report.add_argument("folder", metavar="RUN")
     compare = verb("compare", _compare, "runs side by side on the same held-out rows")
     compare.add_argument("folders", nargs="+", metavar="RUN")
+    merge = verb("merge", _merge, "fold a run into a plain model, or several runs of one base into one; proven equal")
+    merge.add_argument("folders", nargs="+", metavar="RUN")
+    merge.add_argument(
+        "--out", metavar="FOLDER", help="where the merged model goes (default: RUN-merged, RUN-ties ...)"
+    )
+    merge.add_argument("--how", choices=WAYS, help="how several runs become one (default: linear, the weighted mean)")
+    merge.add_argument("--weights", type=_numbers, metavar="X,X", help="one number a run (default: all the same)")
+    merge.add_argument("--density", type=float, help="ties, dare: share of the changes that stays (default: .2, .1)")
+    merge.add_argument("--scale", type=float, help="add, ties, dare: factor on the changes (default: .4, 1, 1)")
+    merge.add_argument("--seed", type=int, default=0, help="dare: which changes stay (default: 0)")
+    merge.add_argument("--base-share", type=_share, metavar="X|auto", help="share of the base's weights in the result")
+    merge.add_argument("--validation", metavar="FILE", help="rows that soup and --base-share auto choose on")
+    merge.add_argument("--tolerance", type=float, help="largest relative difference of a logit (default: the recipe's)")
+    merge.add_argument("--base", help="where the base lies now, if it was moved")
     chat = verb("chat", _chat, "talk to a run's model: lines in, answers out, until an empty line")
     chat.add_argument("folder", metavar="RUN")
     chat.add_argument("--side-by-side", "--base-too", action="store_true", help="let the base answer each line as well")
@@ -180,6 +195,14 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("1 or more")
     return number
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _share(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 def _read_recipe(options: argparse.Namespace) -> tuple[Any, str | None]:
@@ -311,6 +334,19 @@ def _compare(options: argparse.Namespace) -> int:
 
     table = compare([Path(folder) for folder in options.folders])
     _result(options, table, as_text(table))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from tunewright.uses.merging import Way, merge
+
+    way = Way(options.how, options.weights, options.density, options.scale, options.seed, options.base_share)
+    found = merge(
+        [Path(folder) for folder in options.folders], options.out and Path(options.out), way,
+        validation=options.validation and Path(options.validation), tolerance=options.tolerance, base=options.base,
+        say=_say,
+    )  # fmt: skip
+    _result(options, found, f"{found['verdict']['sentence']}\n{found['folder']}")
     return 0
 
 

@@ -54,13 +54,12 @@ def open_run(path: str | Path, base: str | None = None) -> Predictor:
         raise RunError(Fault("the run is not finished: model/ is not there", where=str(run.path), remedy=remedy))
     recipe = run.recipe()
     task = task_of(recipe)
-    method: Method = find.build("methods", recipe.method.name, recipe.method.options, Method)  # type: ignore[type-abstract]
-    if method.standalone:
+    if is_whole(folder):
         loaded = task.load(ModelSpec(str(folder)))
         model = loaded.model
     else:
         loaded = task.load(base_of(recipe, folder, base, "this run is an adapter"), labels_of(folder))
-        model = method.open(loaded, folder)
+        model = method_of(recipe).open(loaded, folder)
     device, _ = choose_device()
     return Predictor(task, model.to(device).eval(), loaded, recipe)
 
@@ -68,6 +67,19 @@ def open_run(path: str | Path, base: str | None = None) -> Predictor:
 def task_of(recipe: Recipe) -> Task:
     """The task of a recipe."""
     return find.build("tasks", recipe.task.name, recipe.task.options, Task)  # type: ignore[type-abstract]
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The method of a recipe."""
+    return find.build("methods", recipe.method.name, recipe.method.options, Method)  # type: ignore[type-abstract]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a `model/` holds all weights and needs no base: what a method trained whole, and what was merged.
+
+    Read off the folder and not off the method: a merged LoRA run is whole. The names are those of transformers.
+    """
+    return any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def labels_of(folder: Path) -> tuple[str, ...]:

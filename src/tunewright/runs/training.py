@@ -34,6 +34,7 @@ from tunewright.rundir import RunDir, fresh_path
 from tunewright.runs import checking
 from tunewright.runs.evidence import gather
 from tunewright.runs.evidence.verdict import visible_sentence
+from tunewright.runs.folding import export_merged
 from tunewright.runs.report.card import write_card
 from tunewright.runs.report.page import write_report
 from tunewright.version import __version__
@@ -78,14 +79,18 @@ def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback]
     prepared = checking.prepare(recipe)
     run = from_first(lambda: RunDir.create(out, recipe))
     _same_data(run, prepared)
-    if from_first(lambda: run.finished):
+    if finished := from_first(lambda: run.finished):
         say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
-        return run
+        if not recipe.export.merged:
+            return run
     with run.locked() if is_first() else contextlib.nullcontext():
         try:
             if is_first():
                 (run.path / "error.txt").unlink(missing_ok=True)
-            _train(run, prepared, callbacks, say, quiet)
+            if not finished:
+                _train(run, prepared, callbacks, say, quiet)
+            if recipe.export.merged:
+                from_first(lambda: export_merged(run, recipe.export.tolerance, say))
         except Exception as error:
             told = distributed.farewell(error)
             if is_first():
@@ -231,8 +236,16 @@ def _validation(task: Task, loaded: Loaded, prepared: checking.Prepared) -> Call
 def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loaded, recipe: Recipe) -> None:
     with run.whole_folder("model") as folder:
         method.save(model, loaded, folder)
+        _forget_bits(folder / "config.json")
         (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
     run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
+
+
+def _forget_bits(config: Path) -> None:
+    """An adapter's config.json describes the base as it is stored: few bits are a way of loading it."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.pop("quantization_config", None):
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _answers(
@@ -309,11 +322,14 @@ def _usage(run: RunDir, task: Task, method: Method, loaded: Loaded, recipe: Reci
         ]
     else:
         revision = f', revision="{origin["revision"]}"' if origin["revision"] else ""
+        before, after = loaded.helpers.get("loading", ((), ()))
         lines = [
             f"from transformers import AutoConfig, {auto}, {processor}",
+            *before,
             'config = AutoConfig.from_pretrained("model")',
             f'base = {auto}.from_pretrained("{origin["checkpoint"]}"{revision}, config=config, '
-            "ignore_mismatched_sizes=True)",
+            f"ignore_mismatched_sizes=True{', quantization_config=few' if before else ''})",
+            *after,
             *method.opening(loaded),
             f'processor = {processor}.from_pretrained("model")',
         ]
