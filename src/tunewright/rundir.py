@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from tunewright.errors import Fault, RecipeError, RunError
 from tunewright.recipe import Recipe
 
+CHANGEABLE = ("data", "train", "evaluate", "export")  # what may change in a run under way; the model's shape may not
 FINISHED = "README.md"  # written last: a run that has it is finished
 
 
@@ -28,16 +30,17 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> RunDir:
+    def create(cls, path: Path, recipe: Recipe, allow_change: bool = False) -> RunDir:
         """Make the folder, or take an unfinished one of the same recipe.
 
+        allow_change: data, training and evaluation may differ; the recipe given now is then the run's.
         Raises RunError naming the differences if it holds a run of another recipe, or files that are no run.
         """
         run = cls(path)
         if path.is_file():
             raise RunError(Fault("a file stands where the run folder should be", where=str(path)))
         if run._begun:
-            run._same_recipe(recipe)
+            run._same_recipe(recipe, allow_change)
         elif path.is_dir() and any(path.iterdir()):
             raise RunError(
                 Fault("the folder holds files that are no run", where=str(path), remedy="Choose another output_dir.")
@@ -62,7 +65,7 @@ class RunDir:
             raise RunError(Fault("not a run folder (no recipe.yaml)", where=str(path), remedy=remedy))
         return cls(path)
 
-    def _same_recipe(self, recipe: Recipe) -> None:
+    def _same_recipe(self, recipe: Recipe, allow_change: bool) -> None:
         try:
             old = self.recipe()
         except RecipeError as error:
@@ -72,7 +75,13 @@ class RunDir:
         before, after = _flat(old.tree()), _flat(recipe.tree())
         keys = sorted(k for k in before | after if before.get(k) != after.get(k))
         changes = ", ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in keys)
-        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        can = all(k.partition(".")[0] in CHANGEABLE for k in keys)
+        if allow_change and can:
+            recipe.write(self.path / "recipe.yaml")
+            self.append("changes", {"was": old.digest(), "is": recipe.digest(), "changes": changes})
+            return
+        remedy = "Choose another output_dir, or --again for a fresh folder beside it"
+        remedy += "; --allow-change continues all the same." if can and not self.finished else "."
         raise RunError(Fault(f"holds a run of another recipe ({changes})", where=str(self.path), remedy=remedy))
 
     def recipe(self) -> Recipe:
@@ -100,15 +109,23 @@ class RunDir:
                 holder = file.read().strip() or "another process"
                 raise RunError(Fault(f"in use by {holder}", where=str(self.path))) from error
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {os.uname().nodename}, started {now}")
             file.flush()
             yield
 
     # ---------------------------------------------------------------- small files
-    def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add one JSON line to `<name>.jsonl`."""
-        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+    def append(self, name: str, *rows: Mapping[str, Any]) -> None:
+        """Add JSON lines to `<name>.jsonl`: all of them, or none where the disk is full (OSError)."""
+        path = self.path / f"{name}.jsonl"
+        before = path.stat().st_size if path.exists() else 0
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            os.truncate(path, before)
+            raise
 
     def rewind(self, name: str, step: int) -> None:
         """Forget the lines after a step: a resumed run writes them again. A line cut by a kill is forgotten too."""
@@ -131,6 +148,7 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        _sync(self.path)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -144,10 +162,25 @@ class RunDir:
         beside = self.path / f"{name}.partial"
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        yield beside
+        try:
+            yield beside
+            for path in (*beside.rglob("*"), beside):
+                _sync(path)
+        except Exception:
+            shutil.rmtree(beside, ignore_errors=True)  # half a folder only takes room
+            raise
         target = self.path / name
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
+        _sync(self.path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def fresh_path(path: Path) -> Path:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,23 @@ def save(run: RunDir, state: State, digest: str, tensors: dict[str, dict[str, Te
     target = run.path / "checkpoints" / f"{state.step:06d}"
     beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _write(beside, state, digest, tensors, extra)
+        replaced = target.with_name(f"{target.name}.tmp-replaced")
+        if target.exists():
+            target.rename(replaced)
+        beside.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint only takes room that is wanting already
+        raise
+    _sync(target.parent)
+    return target
+
+
+def _write(
+    beside: Path, state: State, digest: str, tensors: dict[str, dict[str, Tensor]], extra: dict[str, Any]
+) -> None:
     beside.mkdir(parents=True)
     for name, mapping in tensors.items():
         save_file({k: v.detach().cpu().contiguous() for k, v in mapping.items()}, beside / f"{name}.safetensors")
@@ -37,11 +55,6 @@ def save(run: RunDir, state: State, digest: str, tensors: dict[str, dict[str, Te
     (beside / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*beside.iterdir(), beside):
         _sync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
-    _sync(target.parent)
-    return target
 
 
 def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
@@ -50,8 +63,9 @@ def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
     Damaged ones are moved to `quarantine/`, where they can be looked at.
     """
     skipped: list[str] = []
+    allowed = {digest, *(change["was"] for change in run.lines("changes"))}  # --allow-change wrote them down
     for path in sorted(_all(run), key=lambda p: int(p.name), reverse=True):
-        problem = verify(path, digest)
+        problem = verify(path, allowed)
         if problem is None:
             return path, skipped
         skipped.append(f"checkpoint {path.name} skipped: {problem}")
@@ -62,14 +76,14 @@ def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def verify(path: Path, digest: str) -> str | None:
-    """None if whole; otherwise what is wrong, naming the file."""
+def verify(path: Path, digests: Collection[str]) -> str | None:
+    """None if whole and of one of these recipes; otherwise what is wrong, naming the file."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
         files, recipe = manifest["files"], manifest["recipe"]
     except (OSError, ValueError, KeyError, TypeError):
         return "MANIFEST.json is missing or cannot be read"
-    if recipe != digest:
+    if recipe not in digests:
         return f"it belongs to another recipe ({recipe})"
     for name, facts in files.items():
         file = path / name
@@ -105,6 +119,11 @@ def rotate(run: RunDir, keep: int, best_step: int | None) -> None:
             shutil.rmtree(path)
     for path in (run.path / "checkpoints").glob("*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)  # a save that a kill cut short; the run's lock says nobody writes it
+
+
+def steps(run: RunDir) -> list[int]:
+    """The steps that have a checkpoint, whole or not."""
+    return [int(path.name) for path in _all(run)]
 
 
 def _all(run: RunDir) -> list[Path]:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,8 +27,10 @@ from tunewright.engine import distributed
 from tunewright.engine.distributed import choose_device, choose_threads, from_first, is_first, peak_memory
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.engine.fit import Workplace, fit
+from tunewright.engine.interruption import handled
+from tunewright.engine.keeping import is_full, megabytes
 from tunewright.engine.precision import choose_precision
-from tunewright.errors import Fault, RunError, TunewrightError
+from tunewright.errors import Fault, RunError, TrainError, TunewrightError
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir, fresh_path
@@ -46,20 +49,23 @@ def train(
     out: Path,
     *,
     again: bool = False,
+    allow_change: bool = False,
     callbacks: Sequence[Callback] = (),
     say: Say = lambda text: print(text, file=sys.stderr),
     quiet: bool = False,
 ) -> RunDir:
     """Train, measure and report; continue where a killed run stopped; leave a finished one alone.
 
-    Raises UserError for everything that is wrong with recipe, data, base or folder, before the first step.
+    Raises UserError for everything that is wrong with recipe, data, base or folder, before the first step, and
+    Interrupted when SIGTERM or SIGINT came and the step under way was saved.
     Under `torchrun` all ranks train and answer test rows; the first one speaks and writes.
     """
     distributed.join()
     if not is_first():
         say, quiet, callbacks = _silent, True, ()
     try:
-        return _start(recipe, out, again, callbacks, say, quiet)
+        with handled():
+            return _start(recipe, out, again, allow_change, callbacks, say, quiet)
     except Exception as error:
         told = distributed.farewell(error)
         if told is error:
@@ -71,13 +77,15 @@ def _silent(text: str) -> None:
     """What the ranks after the first have to say."""
 
 
-def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback], say: Say, quiet: bool) -> RunDir:
+def _start(
+    recipe: Recipe, out: Path, again: bool, allow_change: bool, callbacks: Sequence[Callback], say: Say, quiet: bool
+) -> RunDir:
     if again and from_first(out.exists):
         out = from_first(lambda: fresh_path(out))
         say(f"A fresh folder: {out}")
     prepared = checking.prepare(recipe)
-    run = from_first(lambda: RunDir.create(out, recipe))
-    _same_data(run, prepared)
+    run = from_first(lambda: RunDir.create(out, recipe, allow_change))
+    _same_data(run, prepared, allow_change, say)
     if from_first(lambda: run.finished):
         say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
         return run
@@ -87,24 +95,29 @@ def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback]
                 (run.path / "error.txt").unlink(missing_ok=True)
             _train(run, prepared, callbacks, say, quiet)
         except Exception as error:
-            told = distributed.farewell(error)
+            full = is_full(error) and not isinstance(error, TunewrightError)
+            told = distributed.farewell(_no_room(run, "what was being written", 2**20) if full else error)
             if is_first():
                 text = str(told) if isinstance(told, TunewrightError) else traceback.format_exc()
-                (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
+                with contextlib.suppress(OSError):  # on a full disk the message on stderr must do
+                    (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
             if told is error:
                 raise
             raise told from error
     return run
 
 
-def _same_data(run: RunDir, prepared: checking.Prepared) -> None:
+def _same_data(run: RunDir, prepared: checking.Prepared, allow_change: bool, say: Say) -> None:
     """A recipe names places, not contents: where those have changed, this is another experiment."""
     if not (run.path / "data.json").is_file():
         return
     before = {(file["split"], file["sha256"]) for file in run.read_json("data.json")["files"]}
     now = prepared.data.facts["files"]
     if changed := [file["file"] for file in now if (file["split"], file["sha256"]) not in before]:
-        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        if allow_change:
+            say(f"Other data than at the start of this run, as allowed: {', '.join(changed)}.")
+            return
+        remedy = "Choose another output_dir, --again for a fresh folder beside it, or --allow-change."
         raise RunError(Fault(f"began with other data: {', '.join(changed)} differs", str(run.path), remedy=remedy))
 
 
@@ -135,7 +148,12 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
         recipe.write(run.path / "recipe.yaml", own_rate, options)
 
     began = time.perf_counter()
-    watchers = [watching.Log(run, recipe.train.logging_steps), watching.Progress(quiet), *callbacks]
+    watchers = [
+        watching.Log(run, recipe.train.logging_steps, say),
+        watching.Suspicion(say),
+        watching.Progress(quiet),
+        *callbacks,
+    ]
     watchers = watchers if is_first() else []
     state, model = fit(
         task, method, loaded, steps, recipe.train, run, digest=recipe.digest(), workplace=place,
@@ -181,11 +199,14 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
     torch.set_num_threads(threads)
     precision, why = choose_precision(recipe.train.precision, device, stored.get("precision"))
     say(f"Device {device.type} ({why_device}), {threads} threads ({why_threads}), precision {precision} ({why}).")
-    if not stored:
-        import peft
-        import transformers
+    import peft
+    import transformers
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    changed = [f"{name} {stored[name]}, now {now}" for name, now in versions.items() if stored.get(name, now) != now]
+    if changed:
+        say(f"This run began with {', '.join(changed)}: its end may differ from an uninterrupted one.")
+    if not stored:
         stored = {
             "tunewright": __version__, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
@@ -229,10 +250,22 @@ def _validation(task: Task, loaded: Loaded, prepared: checking.Prepared) -> Call
 
 # ---------------------------------------------------------------------- after
 def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loaded, recipe: Recipe) -> None:
-    with run.whole_folder("model") as folder:
-        method.save(model, loaded, folder)
-        (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
+    try:
+        with run.whole_folder("model") as folder:
+            method.save(model, loaded, folder)
+            (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise _no_room(run, "model/", sum(p.numel() * p.element_size() for p in model.parameters())) from error
     run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
+
+
+def _no_room(run: RunDir, what: str, needed: int) -> TrainError:
+    free = shutil.disk_usage(run.path).free
+    problem = f"the disk is full: {what} needs up to {megabytes(needed)}, {megabytes(free)} are free"
+    remedy = "Make room and give the same command again: it continues from the last checkpoint, nothing is lost."
+    return TrainError(Fault(problem, where=str(run.path), remedy=remedy))
 
 
 def _answers(
