@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import promises
 import pytest
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -148,3 +149,39 @@ def cli(capsys):
         return code, captured.out, captured.err
 
     return call
+
+
+# ------------------------------------------------------------------- the promises
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", action="store_true", help="print the table of promises; fail where one falls short")
+    parser.addoption("--kills", type=int, default=6, help="how many runs are killed (the full table: 100)")
+
+
+@pytest.fixture
+def measured(record_property):
+    """`measured(5, value=1e-7)`: what this test found for a promise; see promises.py."""
+
+    def note(promise: int, **said: Any) -> None:
+        record_property("promise", json.dumps({"promise": promise, **said}))
+
+    return note
+
+
+@pytest.fixture(autouse=True)
+def _promised(request: pytest.FixtureRequest) -> None:
+    """A test that fails before it could say what it measured still breaks its promise."""
+    if mark := request.node.get_closest_marker("promise"):
+        request.node.user_properties.append(("promises", json.dumps(mark.args)))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not config.getoption("--promises"):
+        return
+    reports = [r for key in ("passed", "failed", "error") for r in terminalreporter.stats.get(key, [])]
+    lines, short = promises.table(reports, full=config.getoption("--kills") >= 100)
+    terminalreporter.section("the promises")
+    for line in lines:
+        terminalreporter.write_line(line)
+    if short:  # even where every single test passed
+        terminalreporter.write_line(f"{len(short)} promises fall short: " + ", ".join(str(p.number) for p in short))
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
