@@ -21,12 +21,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
-from conftest import tiny_tree  # noqa: E402
-
-# one core, so one thread: a pool of threads does not survive a fork
-os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(sys.argv[3]) % len(os.sched_getaffinity(0))]})
-torch.set_num_threads(1)
+import torch
+from conftest import tiny_tree
 
 from tunewright.contracts import Callback
 from tunewright.recipe import Recipe
@@ -98,7 +94,15 @@ def trial(cell: str, recipe: Recipe, folder: Path, whole: dict[str, str], second
     return found if found["same"] else found | {"said": text[-500:]}
 
 
+def one_thread(seed: int) -> None:
+    """On one core: a pool of threads does not survive a fork."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[seed % len(cores)]})
+    torch.set_num_threads(1)
+
+
 def main(folder: Path, kills: int, seed: int, cells: list[str]) -> None:
+    one_thread(seed)
     rng = random.Random(seed)
     for number, cell in enumerate(cells):
         place = folder / cell.replace("/", "-")
