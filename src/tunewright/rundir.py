@@ -41,18 +41,19 @@ class RunDir:
             raise RunError(Fault("a file stands where the run folder should be", where=str(path)))
         if run._begun:
             run._same_recipe(recipe, allow_change)
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and not run._hardly_begun:
             raise RunError(
                 Fault("the folder holds files that are no run", where=str(path), remedy="Choose another output_dir.")
             )
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            sync(path.parent)
             run.write_text("recipe.yaml.tmp", "")
             (path / "recipe.yaml.tmp").unlink()
+            if not (path / "recipe.yaml").is_file():
+                run.write_text("recipe.yaml", recipe.text())
         except OSError as error:
             raise RunError(Fault(f"the folder cannot be written: {error.strerror}", where=str(path))) from error
-        if not (path / "recipe.yaml").is_file():
-            recipe.write(path / "recipe.yaml")
         return run
 
     @classmethod
@@ -75,14 +76,24 @@ class RunDir:
         before, after = _flat(old.tree()), _flat(recipe.tree())
         keys = sorted(k for k in before | after if before.get(k) != after.get(k))
         changes = ", ".join(f"{k}: {before.get(k)!r} there, {after.get(k)!r} now" for k in keys)
-        can = all(k.partition(".")[0] in CHANGEABLE for k in keys)
+        opened = (self.path / "evidence.json").is_file()  # what was measured would be of another model
+        can = all(k.partition(".")[0] in CHANGEABLE for k in keys) and not opened
         if allow_change and can:
-            recipe.write(self.path / "recipe.yaml")
-            self.append("changes", {"was": old.digest(), "is": recipe.digest(), "changes": changes})
+            with self.locked():
+                self._change_recipe(old, recipe, changes)
             return
         remedy = "Choose another output_dir, or --again for a fresh folder beside it"
-        remedy += "; --allow-change continues all the same." if can and not self.finished else "."
+        remedy += "; --allow-change continues all the same." if can else "."
         raise RunError(Fault(f"holds a run of another recipe ({changes})", where=str(self.path), remedy=remedy))
+
+    def _change_recipe(self, old: Recipe, new: Recipe, changes: str) -> None:
+        """The change is written down first: checkpoints of a recipe that nobody knows would not be taken."""
+        lines = [*self.lines("changes"), {"was": old.digest(), "is": new.digest(), "changes": changes}]
+        try:
+            self.write_text("changes.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            self.write_text("recipe.yaml", new.text())
+        except OSError as error:
+            raise RunError(Fault(f"the folder cannot be written: {error.strerror}", where=str(self.path))) from error
 
     def recipe(self) -> Recipe:
         return Recipe.read(self.path / "recipe.yaml")[0]
@@ -94,25 +105,32 @@ class RunDir:
         return (self.path / "recipe.yaml").is_file() and any((self.path / name).exists() for name in own)
 
     @property
+    def _hardly_begun(self) -> bool:
+        """Nothing but what a start that was cut short leaves behind."""
+        places = [p for p in self.path.iterdir() if not p.name.startswith("recipe.yaml.")]
+        return not places or (places == [self.path / "checkpoints"] and not any(places[0].iterdir()))
+
+    @property
     def finished(self) -> bool:
         return (self.path / FINISHED).is_file()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """One writer at a time. The lock is the kernel's: a killed process leaves none behind."""
-        path = self.path / "run.lock"
-        with path.open("a+", encoding="utf-8") as file:
+        handle = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = os.pread(handle, 500, 0).decode(errors="replace").strip() or "another process"
                 raise RunError(Fault(f"in use by {holder}", where=str(self.path))) from error
-            file.truncate(0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {os.uname().nodename}, started {now}")
-            file.flush()
+            with contextlib.suppress(OSError):  # on a full disk the holder has no name, but the lock holds
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}, started {now}".encode(), 0)
             yield
+        finally:
+            os.close(handle)
 
     # ---------------------------------------------------------------- small files
     def append(self, name: str, *rows: Mapping[str, Any]) -> None:
@@ -124,7 +142,8 @@ class RunDir:
             with path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError:
-            os.truncate(path, before)
+            if path.exists():
+                os.truncate(path, before)
             raise
 
     def rewind(self, name: str, step: int) -> None:
@@ -148,7 +167,7 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-        _sync(self.path)
+        sync(self.path)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -165,17 +184,23 @@ class RunDir:
         try:
             yield beside
             for path in (*beside.rglob("*"), beside):
-                _sync(path)
+                sync(path)
         except Exception:
             shutil.rmtree(beside, ignore_errors=True)  # half a folder only takes room
             raise
         target = self.path / name
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
-        _sync(self.path)
+        sync(self.path)
+
+    def sync(self) -> None:
+        """All small files are on the disk: what is written next never stands without them, even if the power fails."""
+        for path in (*(p for p in self.path.iterdir() if p.is_file()), self.path):
+            sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, survives a power cut from now on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -63,6 +63,8 @@ def label(value: Any, root: Path, remarks: Remarks) -> str:
 def image(value: Any, root: Path, remarks: Remarks) -> str:
     """A file under `root` that decodes from first to last pixel; its absolute path."""
     text(value, root, Counter())
+    if "\0" in value:
+        raise BadValue("the path holds a NUL character", expected="a file's path", got=short(value, 200))
     path = (root / value).resolve()
     if not path.is_relative_to(root.resolve()):
         inside = f"a path under {root.name}/"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tunewright.contracts import State
 from tunewright.errors import Fault, RunError
-from tunewright.rundir import RunDir
+from tunewright.rundir import RunDir, sync
 
 FORMAT = 1
 
@@ -35,11 +35,12 @@ def save(run: RunDir, state: State, digest: str, tensors: dict[str, dict[str, Te
         if target.exists():
             target.rename(replaced)
         beside.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        sync(target.parent)
     except Exception:
         shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint only takes room that is wanting already
+        _tidy(target.parent)
         raise
-    _sync(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -54,7 +55,7 @@ def _write(
     manifest = {"format": FORMAT, "step": state.step, "recipe": digest, "files": files}
     (beside / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*beside.iterdir(), beside):
-        _sync(path)
+        sync(path)
 
 
 def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
@@ -62,6 +63,7 @@ def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
 
     Damaged ones are moved to `quarantine/`, where they can be looked at.
     """
+    _tidy(run.path / "checkpoints")
     skipped: list[str] = []
     allowed = {digest, *(change["was"] for change in run.lines("changes"))}  # --allow-change wrote them down
     for path in sorted(_all(run), key=lambda p: int(p.name), reverse=True):
@@ -81,6 +83,8 @@ def verify(path: Path, digests: Collection[str]) -> str | None:
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
         files, recipe = manifest["files"], manifest["recipe"]
+        if (manifest["format"], manifest["step"]) != (FORMAT, int(path.name)):
+            return f"MANIFEST.json is of format {manifest['format']} and step {manifest['step']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "MANIFEST.json is missing or cannot be read"
     if recipe not in digests:
@@ -117,8 +121,17 @@ def rotate(run: RunDir, keep: int, best_step: int | None) -> None:
     for path in paths[:-keep]:
         if int(path.name) != best_step:
             shutil.rmtree(path)
-    for path in (run.path / "checkpoints").glob("*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)  # a save that a kill cut short; the run's lock says nobody writes it
+
+
+def _tidy(folder: Path) -> None:
+    """What a save that was cut short left: the checkpoint it was about to replace is put back, the rest only takes
+    room. The run's lock says that nobody is writing here."""
+    for path in folder.glob("*.tmp-replaced"):
+        target = path.with_name(path.name.partition(".")[0])
+        if not target.exists():
+            path.rename(target)
+    for path in folder.glob("*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(run: RunDir) -> list[int]:
@@ -136,11 +149,3 @@ def _digest(path: Path) -> str:
         for chunk in iter(lambda: file.read(1 << 22), b""):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

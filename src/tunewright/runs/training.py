@@ -145,7 +145,7 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
         run.write_json("data.json", facts)
         own_rate = {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
         options = {"task": dataclasses.asdict(prepared.task), "method": dataclasses.asdict(method)}
-        recipe.write(run.path / "recipe.yaml", own_rate, options)
+        run.write_text("recipe.yaml", recipe.text(own_rate, options))
 
     began = time.perf_counter()
     watchers = [
@@ -173,6 +173,7 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
             run.write_json("evidence.json", evidence)
     if is_first():
         write_report(run.path)
+        run.sync()  # the card says that the run is finished
         write_card(run.path)
     verdict = from_first(lambda: run.read_json("evidence.json")["verdict"])  # the others wait here for the files
     say(f"\n{verdict['sentence']}\nReport: {run.path / 'report.html'}")
