@@ -211,8 +211,13 @@ class Recipe:
         tree["method"] = {"name": self.method.name, **self.method.options}
         return json.loads(json.dumps(tree))
 
-    def write(self, path: Path) -> None:
-        path.write_text(self.text(), encoding="utf-8")
+    def write(
+        self,
+        path: Path,
+        notes: Mapping[str, str] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        path.write_text(self.text(notes, options), encoding="utf-8")
 
     def text(
         self, notes: Mapping[str, str] | None = None, options: Mapping[str, Mapping[str, Any]] | None = None

@@ -68,12 +68,13 @@ class Suspicion(Callback):
         if len(self._recent) < RECENT:
             return
         mean = sum(self._recent) / RECENT
-        if max(self._recent) <= DEAD:
-            what = f"{max(self._recent):.2g} or less for {RECENT} steps"
+        largest = max(abs(loss) for loss in self._recent)
+        if largest <= DEAD:
+            what = f"{largest:.2g} or less for {RECENT} steps"
             self._warn(
                 "dead", state, f"the loss has been {what}: nothing is left to learn, or nothing reaches the model"
             )
-        if mean > EXPLODED * self._lowest and mean - self._lowest > 1:
+        if mean - self._lowest > max(1.0, (EXPLODED - 1) * abs(self._lowest)):
             what = f"from {self._lowest:.3g} to {mean:.3g} (means of {RECENT} steps)"
             self._warn("exploded", state, f"the loss has risen {what}: lower train.learning_rate")
         self._lowest = min(self._lowest, mean)

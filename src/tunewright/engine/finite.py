@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Loaded, State, Task
+from tunewright.engine import memory
 from tunewright.engine.distributed import gathered
 from tunewright.errors import Fault, TrainError
 
@@ -22,7 +23,8 @@ def stop_unless_finite(
     """NaN must never pass as success: elsewhere it is logged as 0.0 and the run exits 0 (docs/facts.md)."""
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
     if bad:
-        suspects = gathered(first_not_finite(task, model, loaded, micro_batches))
+        pieces = [piece for batch in micro_batches for piece in memory.cut(batch, state.pieces)]
+        suspects = gathered(first_not_finite(task, model, loaded, pieces))
         found = next((s for s in suspects if s[0]), suspects[0])
         rows = found[1] or [row for _, _, rows in suspects for row in rows]
         shown = f"rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"

@@ -100,18 +100,22 @@ def fit(
     for callback in callbacks:
         callback.on_start(state, model)
 
-    keep = Keeper(run, digest, method, train, say)
+    keep = Keeper(run, digest, method, train, say, state if found is not None else None)
 
     def settle() -> None:
         """Evaluate and save where it is time for it."""
-        last, is_best = state.step == state.total, False
+        last, is_best, scores = state.step == state.total, False, None
         if evaluate and (state.step % train.eval_steps == 0 or last) and state.judged < state.step:
-            is_best = judge(task, state, evaluate(model), train, callbacks)
-        state.stop = from_first(lambda: state.stop)  # callbacks watch on the first rank alone
-        due = state.step % train.save_steps == 0 or (is_best and train.early_stopping_patience)
-        if due or keep.owed or last or state.stop:
-            with protected():
+            scores = evaluate(model)
+        with protected():
+            if scores is not None:
+                is_best = judge(task, state, scores, train, callbacks)
+            state.stop = from_first(lambda: state.stop)  # callbacks watch on the first rank alone
+            due = state.step % train.save_steps == 0 or (is_best and train.early_stopping_patience)
+            if due or keep.owed or last or state.stop:
                 keep(state, model, optimizer)
+        if last or state.stop or scores is not None:
+            leave_if_asked(largest)
 
     # several processes leave together, after a step; one by itself may also leave while it evaluates
     together = protected() if share()[1] > 1 else contextlib.nullcontext()
@@ -154,15 +158,15 @@ def fit(
             keep(state, model, optimizer)
         for callback in callbacks:
             callback.on_error(state, stop)
-        say(f"Saved after step {state.step} of {state.total}: the same command continues from there.")
+        saved = "The disk is full, nothing was saved" if keep.owed else "Saved"
+        say(f"{saved} after step {state.step} of {state.total}: the same command continues from the last checkpoint.")
         raise
     except BaseException as error:
         for callback in callbacks:
             callback.on_error(state, error)
         raise
     if train.early_stopping_patience and state.best_step is not None and state.best_step != state.step:
-        _, tensors, _ = checkpoint.load(checkpoint.at_step(run, state.best_step))
-        method.restore(model, tensors["model"])
+        method.restore(model, keep.best(state.best_step))
         say(f"The weights of step {state.best_step} are kept: the best on validation.")
     for callback in callbacks:
         callback.on_end(state, model)
@@ -202,8 +206,9 @@ def accumulate(
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out(error):
                 raise
-            memory.halve(state, micro_batches, error, say)
-            model.zero_grad(set_to_none=True)
+            memory.halve(state, task, micro_batches, error, say)
+        model.zero_grad(set_to_none=True)
+        memory.give_back()  # only here: the error still held what the forward pass had made
     penalty = method.penalty(model) if is_first() else None  # once a step
     if penalty is not None:
         penalty.backward()
@@ -228,7 +233,7 @@ def _backward(
     rank, size = share()
     seed, state = key
     for i, batch in enumerate(micro_batches):
-        pieces = memory.cut(batch, state.pieces)
+        pieces, rows = memory.cut(batch, state.pieces), memory.rows_of(batch)
         for j, piece in enumerate(pieces):
             # dropout depends on the step and the place in it, not on what ran before or where
             torch.manual_seed(derive_seed(seed, state.step, rank + i * size, *([j] if j else [])))
@@ -238,14 +243,17 @@ def _backward(
             part.backward()
             cost += part.item()
             for name, value in loss.logs.items():
-                logs[name] = logs.get(name, 0.0) + value / num_micro / len(pieces)
+                logs[name] = logs.get(name, 0.0) + value / num_micro * memory.rows_of(piece) / rows
     return cost, logs
 
 
 def clip(model: nn.Module, limit: float) -> float:
     """The norm of all gradients together; scaled down to `limit` where it is larger (0: never)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+    if norm.isfinite():  # else gradients stay as they are: they tell where it began
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    return norm.item()
 
 
 def judge(task: Task, state: State, scores: dict[str, float], train: TrainSpec, callbacks: Sequence[Callback]) -> bool:

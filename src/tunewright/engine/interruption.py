@@ -25,7 +25,7 @@ class Interrupted(BaseException):
 
 
 _protected = 0
-_waiting = 0  # the signal that came during a step, 0 for none
+_waiting = 0  # the signal that came, 0 for none
 
 
 @contextlib.contextmanager
@@ -37,11 +37,40 @@ def handled() -> Iterator[None]:
         return
     before = {number: signal.signal(number, _heard) for number in EXIT_CODES}
     try:
-        yield
+        with _watched():
+            yield
     finally:
         _waiting = 0
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """A thread hears the second Ctrl-C while the main thread is deep in a backward pass: Python runs handlers only
+    between its own instructions, and a backward pass of minutes is one of them."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        heard = 0
+        while numbers := os.read(reading, 1):
+            heard += numbers[0] in EXIT_CODES
+            if heard > 1 and numbers[0] == signal.SIGINT:
+                os._exit(EXIT_CODES[signal.SIGINT])  # asked twice: without a save, as asked
+        os.close(reading)
+
+    threading.Thread(target=watch, name="second Ctrl-C", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+# a child's Ctrl-C is its own matter: it would count as a second one here
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 @contextlib.contextmanager
@@ -60,17 +89,14 @@ def leave_if_asked(agree: Callable[[int], int] = int) -> None:
 
     agree: the largest number of all processes, so that all leave together.
     """
-    global _waiting
     number = agree(_waiting)
-    _waiting = 0
     if number:
         raise Interrupted(number)
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
+    """Kept even where it interrupts at once: Python drops what is raised while an object is being thrown away."""
     global _waiting
+    _waiting = number
     if not _protected:
         raise Interrupted(number)
-    if _waiting and number == signal.SIGINT:
-        os._exit(EXIT_CODES[signal.SIGINT])  # asked twice: without a save, as asked
-    _waiting = number

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError
@@ -23,11 +24,42 @@ from tunewright.rundir import RunDir
 SLACK = 1.1  # headers, JSON and what a file system keeps for itself
 
 
-class Keeper:
-    """Writes the checkpoints of one run. `owed`: the last one could not be written; it is tried again every step."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What one checkpoint holds."""
 
-    def __init__(self, run: RunDir, digest: str, method: Method, train: TrainSpec, say: Callable[[str], None]) -> None:
+    state: State
+    parts: dict[str, dict[str, Tensor]]
+    rates: list[float]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, at the most."""
+        return int(SLACK * sum(t.numel() * t.element_size() for part in self.parts.values() for t in part.values()))
+
+    def copied(self) -> Snapshot:
+        parts = {name: {k: t.detach().cpu().clone() for k, t in part.items()} for name, part in self.parts.items()}
+        return Snapshot(self.state, parts, self.rates)
+
+
+class Keeper:
+    """Writes the checkpoints of one run. `owed`: the last one could not be written; it is tried again every step.
+
+    stands: the state of the checkpoint that this start continued from.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        digest: str,
+        method: Method,
+        train: TrainSpec,
+        say: Callable[[str], None],
+        stands: State | None = None,
+    ) -> None:
         self._run, self._digest, self._method, self._train, self._say = run, digest, method, train, say
+        self._stands = replace(stands) if stands else None
+        self._best: Snapshot | None = None  # found while the disk was full: it will not come again
         self.owed = False
 
     def __call__(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -40,36 +72,54 @@ class Keeper:
         gathered(None)
 
     def _written(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        if state == self._stands:
+            return True
         tensors = self._method.state(model)
         if self._train.train_batch_norm:
             tensors |= dict(model.named_buffers())
         _refuse_non_finite(tensors, state)
         parts = {"model": tensors, "optimizer": optimizers.state_by_name(optimizer)}
-        needed = int(SLACK * sum(t.numel() * t.element_size() for part in parts.values() for t in part.values()))
-        if (free := shutil.disk_usage(self._run.path).free) < needed:
-            return self._not_now(state, needed, free)
+        now = Snapshot(replace(state), parts, [g["initial_lr"] for g in optimizer.param_groups])
+        best_step = state.best_step if self._train.early_stopping_patience else None
+        is_best = state.step == best_step
+        if self._best and not is_best and not self._fits(self._best):
+            return False
+        self._best = None
+        if not self._fits(now):
+            self._best = now.copied() if is_best else None
+            return False
+        if self.owed:
+            self._say(f"There is room again: checkpoint {state.step} is written.")
+        checkpoint.rotate(self._run, self._train.save_total_limit, best_step)
+        return True
+
+    def _fits(self, snapshot: Snapshot) -> bool:
+        """Whether it could be written; a full disk is said once."""
+        state, free = snapshot.state, shutil.disk_usage(self._run.path).free
         try:
-            rates = {"rates": [g["initial_lr"] for g in optimizer.param_groups]}
-            checkpoint.save(self._run, state, self._digest, parts, rates)
+            if free >= snapshot.size:
+                self._run.sync()  # no checkpoint without the log lines before it
+                checkpoint.save(self._run, state, self._digest, snapshot.parts, {"rates": snapshot.rates})
+                self._stands = state
+                return True
         except (OSError, SafetensorError) as error:
             if not is_full(error):
                 raise
-            return self._not_now(state, needed, shutil.disk_usage(self._run.path).free)
-        if self.owed:
-            self._say(f"There is room again: checkpoint {state.step} is written.")
-        best = state.best_step if self._train.early_stopping_patience else None
-        checkpoint.rotate(self._run, self._train.save_total_limit, best)
-        return True
-
-    def _not_now(self, state: State, needed: int, free: int) -> bool:
+            free = shutil.disk_usage(self._run.path).free
         if not self.owed:
             last = max(checkpoint.steps(self._run), default=None)
             stands = f"the one of step {last} stands" if last is not None else "there is none yet"
             self._say(
-                f"The disk is full: checkpoint {state.step} needs {megabytes(needed)}, {megabytes(free)} are free in "
-                f"{self._run.path}; {stands}. Training goes on and tries again every step: make room."
+                f"The disk is full: checkpoint {state.step} needs {megabytes(snapshot.size)}, {megabytes(free)} are "
+                f"free in {self._run.path}; {stands}. Training goes on and tries again every step: make room."
             )
         return False
+
+    def best(self, step: int) -> dict[str, Tensor]:
+        """The trained tensors of the best step."""
+        if self._best:
+            return self._best.parts["model"]
+        return checkpoint.load(checkpoint.at_step(self._run, step))[1]["model"]
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor], state: State) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tunewright.contracts import Batch, State
+from tunewright.contracts import Batch, State, Task
 from tunewright.errors import Fault, TrainError
 
+LESS = "Shorter inputs, train.gradient_checkpointing=true, method=lora or a smaller model need less."
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
@@ -22,6 +23,17 @@ def is_out(error: BaseException) -> bool:
     """Whether memory was wanting; torch says so in different words on each device."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or any(word.lower() in str(error).lower() for word in WORDS)
+
+
+def first_line(error: BaseException) -> str:
+    """What the machine said, without the pages that CUDA adds."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def give_back() -> None:
+    """What is cached but not used goes back to the device."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def rows_of(batch: Batch) -> int:
@@ -47,20 +59,24 @@ def cut(batch: Batch, pieces: int) -> list[Batch]:
     ]
 
 
-def halve(state: State, micro_batches: Sequence[Batch], error: BaseException, say: Callable[[str], None]) -> None:
+def halve(
+    state: State, task: Task, micro_batches: Sequence[Batch], error: BaseException, say: Callable[[str], None]
+) -> None:
     """Twice as many pieces from now on; said, and kept in checkpoints, so that a resumed run is the same run.
 
-    Raises TrainError where single rows do not fit.
+    Raises TrainError where single rows do not fit, or where the rows of a batch belong together.
     """
     rows = max(rows_of(batch) for batch in micro_batches)
-    if state.pieces >= rows:
-        remedy = "Shorter inputs, train.gradient_checkpointing=true, method=lora or a smaller model need less."
+    if state.pieces >= rows or task.couples_rows:
+        wanting = "a single row" if rows == 1 or not task.couples_rows else f"{rows} rows, which this task cannot part"
+        remedy = "Lower train.per_device_train_batch_size. " if rows > 1 and task.couples_rows else ""
         raise TrainError(
-            Fault("memory does not reach for a single row", f"step {state.step + 1}", got=str(error), remedy=remedy)
-        ) from error
+            Fault(
+                f"memory does not reach for {wanting}", f"step {state.step + 1}", got=first_line(error),
+                remedy=f"{remedy}{LESS}",
+            )
+        ) from error  # fmt: skip
     state.pieces *= 2
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     say(
         f"Out of memory in step {state.step + 1}: micro-batches of {rows} rows are cut into {state.pieces} pieces from "
         "now on. The update of each step stays the same; it takes a little longer."

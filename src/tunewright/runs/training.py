@@ -23,7 +23,7 @@ import torch
 from tunewright.contracts import Baseline, Callback, Loaded, Method, State, Task
 from tunewright.data.batches import Examples
 from tunewright.engine import callbacks as watching
-from tunewright.engine import distributed
+from tunewright.engine import distributed, memory
 from tunewright.engine.distributed import choose_device, choose_threads, from_first, is_first, peak_memory
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.engine.fit import Workplace, fit
@@ -95,8 +95,7 @@ def _start(
                 (run.path / "error.txt").unlink(missing_ok=True)
             _train(run, prepared, callbacks, say, quiet)
         except Exception as error:
-            full = is_full(error) and not isinstance(error, TunewrightError)
-            told = distributed.farewell(_no_room(run, "what was being written", 2**20) if full else error)
+            told = distributed.farewell(_in_words(run, error))
             if is_first():
                 text = str(told) if isinstance(told, TunewrightError) else traceback.format_exc()
                 with contextlib.suppress(OSError):  # on a full disk the message on stderr must do
@@ -260,6 +259,18 @@ def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loa
             raise
         raise _no_room(run, "model/", sum(p.numel() * p.element_size() for p in model.parameters())) from error
     run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
+
+
+def _in_words(run: RunDir, error: Exception) -> Exception:
+    """The error to tell: what the machine lacks is no fault of ours, and is said in a sentence."""
+    if isinstance(error, TunewrightError):
+        return error
+    if is_full(error):
+        return _no_room(run, "what was being written", 2**20)
+    if memory.is_out(error):
+        got, remedy = memory.first_line(error), f"Lower train.per_device_train_batch_size. {memory.LESS}"
+        return TrainError(Fault("memory does not reach", str(run.path), got=got, remedy=remedy))
+    return error
 
 
 def _no_room(run: RunDir, what: str, needed: int) -> TrainError:
