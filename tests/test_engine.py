@@ -64,14 +64,16 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize(("task", "options"), VARIANTS)
-def test_a_step_cut_into_micro_batches_is_the_same_step(tiny_recipe, tmp_path, task, options):
+def test_a_step_cut_into_micro_batches_is_the_same_step(tiny_recipe, tmp_path, task, options, measured):
     if options.get("class_weights") == {FIRST_LABEL: 3.0}:
         options = {"class_weights": {checking.prepare(tiny_recipe(task)).data.labels[0]: 3.0}}
     whole = weights_after(tiny_recipe, tmp_path, task, 8, 1, **options)
     for batch, accumulation in ((2, 4), (1, 8)):
         cut = weights_after(tiny_recipe, tmp_path, task, batch, accumulation, **options)
         worst = max((whole[name] - cut[name]).abs().max().item() for name in whole)
+        measured(5, value=worst)
         assert worst <= 1e-5, f"{batch} x {accumulation}: {worst}"
 
 
@@ -156,10 +158,12 @@ def test_clipping_scales_the_whole_gradient_down_to_the_limit(tmp_path):
 
 
 # ----------------------------------------------------------------------- not finite
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_rows(tmp_path):
+@pytest.mark.promise(10)
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_rows(tmp_path, measured):
     spec = TrainSpec(learning_rate=0.1, num_train_epochs=1, per_device_train_batch_size=2, optim="sgd")
     with pytest.raises(TrainError, match=r"step \d+ of 3.*rows r"):
         fit_counting(tmp_path, [1.0, 1.0, 1.0, float("nan"), 1.0, 1.0], spec)
+    measured(10)
 
 
 def test_a_step_without_anything_to_learn_from_is_an_error(tmp_path):
@@ -311,13 +315,15 @@ DAMAGE = {
 }
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_found_named_and_skipped(tmp_path, name, damage):
+def test_a_damaged_checkpoint_is_found_named_and_skipped(tmp_path, name, damage, measured):
     run, good = tiny_checkpoint(tmp_path, 1)
     _, bad = tiny_checkpoint(tmp_path, 2)
     DAMAGE[damage](bad / name)
     found, skipped = checkpoint.latest(run, "digest")
+    measured(3, got=int(found == good and len(skipped) == 1 and name in skipped[0]))
     assert found == good
     assert len(skipped) == 1
     assert "000002" in skipped[0]
@@ -325,7 +331,8 @@ def test_a_damaged_checkpoint_is_found_named_and_skipped(tmp_path, name, damage)
     assert (run.path / "quarantine" / "000002").is_dir()
 
 
-def test_the_newest_is_by_step_and_not_by_time(tmp_path):
+@pytest.mark.promise(4)
+def test_the_newest_is_by_step_and_not_by_time(tmp_path, measured):
     for step in (1, 2, 10):
         run, path = tiny_checkpoint(tmp_path, step)
         os.utime(path, (2e9 - step * 1e6,) * 2)
@@ -334,6 +341,7 @@ def test_the_newest_is_by_step_and_not_by_time(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000001", "000002", "000010"]
     checkpoint.rotate(run, 2, best_step=None)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000002", "000010"]
+    measured(4)
 
 
 def test_a_checkpoint_of_another_recipe_is_not_taken(tmp_path):

@@ -96,9 +96,11 @@ def test_the_loss_falls(cell, task, method):
     assert sum(watch.losses[-epoch:]) < 0.95 * sum(watch.losses[:epoch])
 
 
+@pytest.mark.promise(7)
 @pytest.mark.parametrize(("task", "method"), CELLS)
-def test_frozen_stays_bit_equal_buffers_included_and_all_that_trains_moves(cell, task, method):
+def test_frozen_stays_bit_equal_buffers_included_and_all_that_trains_moves(cell, task, method, measured):
     _, watch = cell(task, method)
+    measured(7, got=int(watch.before == watch.after and not watch.still))
     assert watch.before == watch.after
     assert watch.still == []
 
@@ -191,8 +193,9 @@ save_file(found, sys.argv[1])
 """
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("task", find.names("tasks"))
-def test_the_lines_of_the_card_open_every_result_without_us(cell, tmp_path, task):
+def test_the_lines_of_the_card_open_every_result_without_us(cell, tmp_path, task, measured):
     """Logits in a process that cannot import tunewright, by the lines that the card gives, equal ours."""
     wanted, ours = {}, {}
     for method in (method for name, method in CELLS if name == task):
@@ -212,6 +215,7 @@ def test_the_lines_of_the_card_open_every_result_without_us(cell, tmp_path, task
     theirs = load_file(tmp_path / "theirs.safetensors")
     assert theirs.keys() == ours.keys()
     for method, logits in ours.items():
+        measured(11, value=float((theirs[method] - logits).abs().max()))
         torch.testing.assert_close(theirs[method], logits, atol=1e-5, rtol=1e-4, msg=method)
     several = torch.stack([logits for logits in ours.values()])
     assert several.std(0).max() > 1e-3, "the methods ended in different places"

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import tunewright
 from tunewright import find
+from tunewright.engine.interruption import Interrupted
 from tunewright.errors import Fault, RecipeError, TunewrightError, UserError, nearest
 
 RECIPE_HELP = "a recipe (YAML), or none and the keys below"
@@ -37,8 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, as_json)
     except SystemExit as done:  # --help and --version have printed what they were asked for
         return int(done.code or 0)
+    except Interrupted as stop:
+        _print_error("Interrupted", str(stop), as_json)
+        return stop.exit_code
     except KeyboardInterrupt:
-        _say("Interrupted. `train` given again continues from its last checkpoint.")
+        _say("Interrupted.")
         _print_error("KeyboardInterrupt", "interrupted", as_json)
         return 130
     except BrokenPipeError:  # `tunewright ... | head` has seen enough
@@ -141,6 +145,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
     verb("check", _check, "find every fault of recipe and data before training, and show what will be trained on", True)
     train = verb("train", _train, "train, measure base against tuned, write the report; continues a killed run", True)
+    changed = "continue although data, training or evaluation keys have changed, and say which"
+    train.add_argument("--allow-change", action="store_true", help=changed)
     train.add_argument("--again", action="store_true", help="train anew in a fresh folder beside a finished run")
     evaluate = verb("evaluate", _evaluate, "show a run's evidence, or score base and tuned on another file")
     evaluate.add_argument("folder", metavar="RUN")
@@ -266,7 +272,7 @@ def _train(options: argparse.Namespace) -> int:
     from tunewright.runs.training import train
 
     out = Path(output_dir or f"runs/{recipe.digest()}").expanduser()
-    run = train(recipe, out, again=options.again, say=_say)
+    run = train(recipe, out, again=options.again, allow_change=options.allow_change, say=_say)
     evidence = run.read_json("evidence.json")
     short = {
         "run": str(run.path),

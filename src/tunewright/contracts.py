@@ -366,6 +366,8 @@ class State:
     best: float | None = None  # of the first metric, on validation
     best_step: int | None = None
     stale: int = 0  # evaluations since the best
+    judged: int = 0  # the step of the last evaluation
+    pieces: int = 1  # into how many a micro-batch is cut because memory did not reach for a whole one
     seconds: float = 0.0  # spent in steps, over all starts of this run
     stop: str | None = None  # a reason to end the run
 

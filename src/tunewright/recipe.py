@@ -217,6 +217,11 @@ class Recipe:
         notes: Mapping[str, str] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        path.write_text(self.text(notes, options), encoding="utf-8")
+
+    def text(
+        self, notes: Mapping[str, str] | None = None, options: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> str:
         """YAML with every default spelt out, and behind each value where it came from.
 
         options: all options of task and method, which the recipe itself does not know; those it leaves out stand as
@@ -229,7 +234,7 @@ class Recipe:
             head, tail = text.split(f"{section}:\n", 1)
             own = "".join(itertools.takewhile(lambda line: line.startswith(" "), tail.splitlines(True)))
             text = f"{head}{section}:\n{own}{left}{tail.removeprefix(own)}"
-        path.write_text(text, encoding="utf-8")
+        return text
 
     def digest(self) -> str:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""

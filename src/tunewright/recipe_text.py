@@ -16,11 +16,25 @@ import yaml
 from tunewright.errors import Fault, RecipeError, nearest
 
 HUB_DATA = re.compile(r"\w[\w.-]*/[\w.-]+(#[\w.-]+)?(:\w[\w:%+.\[\]-]*)?")  # org/name#config:split
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # http://, s3://, file://: no place of ours
 SHORT = {"model": "checkpoint", "data": "train", "task": "name", "method": "name"}  # `model: X` is {checkpoint: X}
 
 
+MOST_ALIASES = 50  # a recipe needs none; a few kilobytes of them can stand for gigabytes
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: the second would silently win."""
+    """SafeLoader that refuses a key given twice: the second would silently win; and floods of aliases."""
+
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MOST_ALIASES:
+                mark = self.peek_event().start_mark
+                raise yaml.MarkedYAMLError(problem=f"more than {MOST_ALIASES} aliases", problem_mark=mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -96,13 +110,15 @@ def place(where: str, sources: Mapping[str, str], name: str) -> str:
 
 def scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError:
         return text
 
 
 def rooted(folder: Path, place: str) -> Path:
     """Beside the recipe if it exists there, else from where the command was started."""
+    if SCHEME.match(place):
+        return Path(place)  # refused where it would be read
     path = Path(place).expanduser()
     beside = (folder / path).resolve()
     if not beside.exists() and not path.exists() and HUB_DATA.fullmatch(place):

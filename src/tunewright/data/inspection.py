@@ -37,6 +37,8 @@ def text(value: Any, root: Path, remarks: Remarks) -> str:
         raise BadValue("the value is no text", expected="a text", got=spoken(value))
     if not value.strip():
         raise BadValue("the text is empty", expected="a text", got=f"{len(value)} blanks" if value else "")
+    if not value.isascii() and not any(c.isprintable() and not c.isspace() for c in value):
+        raise BadValue("the text holds nothing that can be read", expected="a text", got=short(ascii(value)))
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise BadValue("a character is half of a surrogate pair", expected="a text", got=short(ascii(value)))
     remarks["texts hold NUL characters", ""] += "\0" in value
@@ -63,6 +65,8 @@ def label(value: Any, root: Path, remarks: Remarks) -> str:
 def image(value: Any, root: Path, remarks: Remarks) -> str:
     """A file under `root` that decodes from first to last pixel; its absolute path."""
     text(value, root, Counter())
+    if "\0" in value:
+        raise BadValue("the path holds a NUL character", expected="a file's path", got=short(value, 200))
     path = (root / value).resolve()
     if not path.is_relative_to(root.resolve()):
         inside = f"a path under {root.name}/"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from tunewright.data import inspection
 from tunewright.data.columns import match
 from tunewright.data.raw import RawRow, Table, shown
 from tunewright.errors import Fault, nearest
-from tunewright.recipe_text import HUB_DATA
+from tunewright.recipe_text import HUB_DATA, SCHEME
 
 if TYPE_CHECKING:
     from tunewright.contracts import Field, Record
@@ -125,6 +126,10 @@ def suffixes(name: str) -> tuple[str, ...]:
 
 
 def _missing(where: str, place: str, path: Path) -> Fault:
+    if SCHEME.match(place):
+        remedy = "Fetch it first and name the file; rows never make this program open a connection."
+        shown_place = re.sub(r"//[^/@]*@", "//...@", place.replace(":/", "://", 1) if "://" not in place else place)
+        return Fault("data is read from files here, not over a network", where, got=shown_place, remedy=remedy)
     folder = path.resolve().parent
     while not folder.is_dir():
         folder = folder.parent

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tunewright.contracts import State
 from tunewright.errors import Fault, RunError
-from tunewright.rundir import RunDir
+from tunewright.rundir import RunDir, sync
 
 FORMAT = 1
 
@@ -28,6 +29,24 @@ def save(run: RunDir, state: State, digest: str, tensors: dict[str, dict[str, Te
     target = run.path / "checkpoints" / f"{state.step:06d}"
     beside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        _write(beside, state, digest, tensors, extra)
+        replaced = target.with_name(f"{target.name}.tmp-replaced")
+        if target.exists():
+            target.rename(replaced)
+        beside.rename(target)
+        sync(target.parent)
+    except Exception:
+        shutil.rmtree(beside, ignore_errors=True)  # half a checkpoint only takes room that is wanting already
+        _tidy(target.parent)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def _write(
+    beside: Path, state: State, digest: str, tensors: dict[str, dict[str, Tensor]], extra: dict[str, Any]
+) -> None:
     beside.mkdir(parents=True)
     for name, mapping in tensors.items():
         save_file({k: v.detach().cpu().contiguous() for k, v in mapping.items()}, beside / f"{name}.safetensors")
@@ -36,12 +55,7 @@ def save(run: RunDir, state: State, digest: str, tensors: dict[str, dict[str, Te
     manifest = {"format": FORMAT, "step": state.step, "recipe": digest, "files": files}
     (beside / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*beside.iterdir(), beside):
-        _sync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
-    _sync(target.parent)
-    return target
+        sync(path)
 
 
 def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
@@ -49,9 +63,11 @@ def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
 
     Damaged ones are moved to `quarantine/`, where they can be looked at.
     """
+    _tidy(run.path / "checkpoints")
     skipped: list[str] = []
+    allowed = {digest, *(change["was"] for change in run.lines("changes"))}  # --allow-change wrote them down
     for path in sorted(_all(run), key=lambda p: int(p.name), reverse=True):
-        problem = verify(path, digest)
+        problem = verify(path, allowed)
         if problem is None:
             return path, skipped
         skipped.append(f"checkpoint {path.name} skipped: {problem}")
@@ -62,14 +78,16 @@ def latest(run: RunDir, digest: str) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def verify(path: Path, digest: str) -> str | None:
-    """None if whole; otherwise what is wrong, naming the file."""
+def verify(path: Path, digests: Collection[str]) -> str | None:
+    """None if whole and of one of these recipes; otherwise what is wrong, naming the file."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
         files, recipe = manifest["files"], manifest["recipe"]
+        if (manifest["format"], manifest["step"]) != (FORMAT, int(path.name)):
+            return f"MANIFEST.json is of format {manifest['format']} and step {manifest['step']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "MANIFEST.json is missing or cannot be read"
-    if recipe != digest:
+    if recipe not in digests:
         return f"it belongs to another recipe ({recipe})"
     for name, facts in files.items():
         file = path / name
@@ -103,8 +121,22 @@ def rotate(run: RunDir, keep: int, best_step: int | None) -> None:
     for path in paths[:-keep]:
         if int(path.name) != best_step:
             shutil.rmtree(path)
-    for path in (run.path / "checkpoints").glob("*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)  # a save that a kill cut short; the run's lock says nobody writes it
+
+
+def _tidy(folder: Path) -> None:
+    """What a save that was cut short left: the checkpoint it was about to replace is put back, the rest only takes
+    room. The run's lock says that nobody is writing here."""
+    for path in folder.glob("*.tmp-replaced"):
+        target = path.with_name(path.name.partition(".")[0])
+        if not target.exists():
+            path.rename(target)
+    for path in folder.glob("*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def steps(run: RunDir) -> list[int]:
+    """The steps that have a checkpoint, whole or not."""
+    return [int(path.name) for path in _all(run)]
 
 
 def _all(run: RunDir) -> list[Path]:
@@ -117,11 +149,3 @@ def _digest(path: Path) -> str:
         for chunk in iter(lambda: file.read(1 << 22), b""):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -106,6 +106,11 @@ def from_first(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def largest(number: int) -> int:
+    """The largest number of all ranks."""
+    return max(gathered(number))
+
+
 def total(counts: Mapping[str, float]) -> dict[str, float]:
     """Counts by name, added up over ranks; a name may be missing on some."""
     found: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 from tunewright.contracts import Example, Loaded, Prediction, Record, Task
+from tunewright.engine import memory
 from tunewright.engine.distributed import split_rows, to_device
 from tunewright.engine.precision import compute_in
+from tunewright.errors import Fault, TrainError
 
 Show = Callable[[int], object]
 
@@ -24,10 +27,12 @@ def predict_rows(
     batch_size: int = 32,
     progress: Show | None = None,
     validating: bool = False,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> list[Prediction]:
     """One prediction per example, in their order, whatever the batch size and the number of ranks.
 
-    Rows of like length share a batch, so that little is padded; padding is masked, so that it does not show.
+    Rows of like length share a batch, so that little is padded; padding is masked, so that it does not show. Where
+    memory does not reach, batches are halved and asked again. Raises TrainError if a single row does not fit.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].get("length", 0))
@@ -35,11 +40,24 @@ def predict_rows(
 
     def ask(chosen: Sequence[int]) -> list[Prediction]:
         found: list[Prediction] = []
-        for start in range(0, len(chosen), batch_size):
-            rows = chosen[start : start + batch_size]
-            found += answer(model, to_device(task.collate([examples[i] for i in rows]), device), loaded)
-            if progress:
-                progress(len(rows))
+        size = batch_size
+        while len(found) < len(chosen):
+            rows = chosen[len(found) : len(found) + size]
+            try:
+                found += answer(model, to_device(task.collate([examples[i] for i in rows]), device), loaded)
+                if progress:
+                    progress(len(rows))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out(error):
+                    raise
+                if len(rows) == 1:
+                    where, said = f"row {examples[rows[0]].get('row', rows[0])}", memory.first_line(error)
+                    problem = "memory does not reach for the answer to a single row"
+                    raise TrainError(Fault(problem, where, got=said, remedy=memory.LESS)) from error
+            size = len(rows) // 2
+            memory.give_back()
+            say(f"Out of memory while answering: {size} rows at a time from here on. The answers stay the same.")
         return found
 
     model.eval()

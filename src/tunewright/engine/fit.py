@@ -6,6 +6,7 @@ clip, step -> schedule, advance, log, evaluate, save -> the best or the last wei
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Callback, Loaded, Method, Precision, State, Task
 from tunewright.data.batches import Steps, derive_seed
-from tunewright.engine import checkpoint, optimizers, schedules
+from tunewright.engine import checkpoint, memory, optimizers, schedules
 from tunewright.engine.distributed import (
     from_first,
-    gathered,
     is_first,
+    largest,
     same_weights,
     share,
     sum_gradients,
@@ -29,6 +30,9 @@ from tunewright.engine.distributed import (
     to_device,
     total,
 )
+from tunewright.engine.finite import stop_unless_finite
+from tunewright.engine.interruption import Interrupted, leave_if_asked, protected
+from tunewright.engine.keeping import Keeper
 from tunewright.engine.precision import compute_in
 from tunewright.errors import Fault, TrainError
 from tunewright.models.surgery import set_mode
@@ -63,8 +67,9 @@ def fit(
 ) -> tuple[State, nn.Module]:
     """Train until the planned steps are done or a callback gives a reason to stop.
 
-    Resuming gives the same numbers as never having stopped. Raises TrainError naming step and rows if the loss or the
-    gradient is not finite; that step is not taken, and the last checkpoint stands.
+    Resuming gives the same numbers as never having stopped. Raises TrainError naming step, rows and module if the loss
+    or the gradient is not finite; that step is not taken, and the last checkpoint stands. Raises Interrupted after the
+    step during which a signal came is saved.
     """
     place = workplace or Workplace()
     torch.manual_seed(derive_seed(seed, "apply"))  # new adapters are drawn here; a resumed run overwrites them
@@ -82,6 +87,7 @@ def fit(
     tensors: dict[str, dict[str, Tensor]] = {}
     if found is not None:
         state, tensors, _ = checkpoint.load(found)
+        state.total = len(steps)  # other than before only where --allow-change was given
         method.advance(model, loaded, state.step / state.total)
         method.restore(model, tensors["model"])
     optimizer = optimizers.build(train.optim, method.groups(model, loaded, rate, train.weight_decay))
@@ -94,52 +100,73 @@ def fit(
     for callback in callbacks:
         callback.on_start(state, model)
 
-    try:
-        while state.step < state.total and not state.stop:
-            began = time.perf_counter()
-            drawn = [to_device(batch, place.device) for batch in steps[state.step]]
-            rng = torch.Generator().manual_seed(derive_seed(seed, state.step, "prepare"))
-            with torch.no_grad():
-                model.eval()
-                todo = task.prepare(model, lambda: method.reference(model, before), drawn, loaded, rng)
-            set_mode(model, dropout=task.dropout, train_batch_norm=train.train_batch_norm)
-            for micro_batches in todo:
-                factor = schedules.factor(train.lr_scheduler_type, state.step, state.total, warmup)
-                now = optimizers.set_rate(optimizer, factor, state.step, state.total, warmup)
-                logs = accumulate(task, method, model, loaded, micro_batches, place, (seed, state.step))
-                logs |= {"learning_rate": now, "grad_norm": clip(model, train.max_grad_norm)}
-                stop_unless_finite(logs, state, micro_batches)
-                optimizer.step()
-                method.after_step(model, optimizer.param_groups)
-                optimizer.zero_grad(set_to_none=True)
-            synchronize(place.device)
-            state.step += 1
-            state.epoch = steps.epoch(state.step)
-            state.seen += logs.pop("items")
-            state.seconds += time.perf_counter() - began
-            logs["seconds"] = round(state.seconds, 3)
-            if method.advance(model, loaded, state.step / state.total):
-                optimizer = extended(optimizer, train, method, model, loaded, rate)
-            for callback in callbacks:
-                callback.on_step(state, logs)
-            last = state.step == state.total
-            is_best = False
-            if evaluate and (state.step % train.eval_steps == 0 or last):
-                is_best = judge(task, state, evaluate(model), train, callbacks)
+    keep = Keeper(run, digest, method, train, say, state if found is not None else None)
+
+    def settle() -> None:
+        """Evaluate and save where it is time for it."""
+        last, is_best, scores = state.step == state.total, False, None
+        if evaluate and (state.step % train.eval_steps == 0 or last) and state.judged < state.step:
+            scores = evaluate(model)
+        with protected():
+            if scores is not None:
+                is_best = judge(task, state, scores, train, callbacks)
             state.stop = from_first(lambda: state.stop)  # callbacks watch on the first rank alone
-            if (
-                state.step % train.save_steps == 0
-                or (is_best and train.early_stopping_patience)
-                or (last or state.stop)
-            ):
-                save(run, state, digest, method, model, optimizer, train)
+            due = state.step % train.save_steps == 0 or (is_best and train.early_stopping_patience)
+            if due or keep.owed or last or state.stop:
+                keep(state, model, optimizer)
+        if last or state.stop or scores is not None:
+            leave_if_asked(largest)
+
+    # several processes leave together, after a step; one by itself may also leave while it evaluates
+    together = protected() if share()[1] > 1 else contextlib.nullcontext()
+    try:
+        with together:
+            if found is not None:
+                settle()  # a signal may have come during this very evaluation
+            while state.step < state.total and not state.stop:
+                with protected():
+                    began = time.perf_counter()
+                    drawn = [to_device(batch, place.device) for batch in steps[state.step]]
+                    rng = torch.Generator().manual_seed(derive_seed(seed, state.step, "prepare"))
+                    with torch.no_grad():
+                        model.eval()
+                        todo = task.prepare(model, lambda: method.reference(model, before), drawn, loaded, rng)
+                    set_mode(model, dropout=task.dropout, train_batch_norm=train.train_batch_norm)
+                    for micro_batches in todo:
+                        factor = schedules.factor(train.lr_scheduler_type, state.step, state.total, warmup)
+                        now = optimizers.set_rate(optimizer, factor, state.step, state.total, warmup)
+                        logs = accumulate(task, method, model, loaded, micro_batches, place, seed, state, say)
+                        logs |= {"learning_rate": now, "grad_norm": clip(model, train.max_grad_norm)}
+                        stop_unless_finite(logs, state, task, model, loaded, micro_batches)
+                        optimizer.step()
+                        method.after_step(model, optimizer.param_groups)
+                        optimizer.zero_grad(set_to_none=True)
+                    synchronize(place.device)
+                    state.step += 1
+                    state.epoch = steps.epoch(state.step)
+                    state.seen += logs.pop("items")
+                    state.seconds += time.perf_counter() - began
+                    logs["seconds"] = round(state.seconds, 3)
+                    if method.advance(model, loaded, state.step / state.total):
+                        optimizer = extended(optimizer, train, method, model, loaded, rate)
+                    for callback in callbacks:
+                        callback.on_step(state, logs)
+                leave_if_asked(largest)
+                settle()
+    except Interrupted as stop:
+        with protected():
+            keep(state, model, optimizer)
+        for callback in callbacks:
+            callback.on_error(state, stop)
+        saved = "The disk is full, nothing was saved" if keep.owed else "Saved"
+        say(f"{saved} after step {state.step} of {state.total}: the same command continues from the last checkpoint.")
+        raise
     except BaseException as error:
         for callback in callbacks:
             callback.on_error(state, error)
         raise
     if train.early_stopping_patience and state.best_step is not None and state.best_step != state.step:
-        _, tensors, _ = checkpoint.load(checkpoint.at_step(run, state.best_step))
-        method.restore(model, tensors["model"])
+        method.restore(model, keep.best(state.best_step))
         say(f"The weights of step {state.best_step} are kept: the best on validation.")
     for callback in callbacks:
         callback.on_end(state, model)
@@ -153,11 +180,14 @@ def accumulate(
     loaded: Loaded,
     micro_batches: Sequence[Batch],
     place: Workplace,
-    key: tuple[int, int],
+    seed: int,
+    state: State,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Gradients of one whole step, over all ranks. Counts come first, so that how it is cut never changes the update.
 
-    micro_batches: this rank's; there may be none.
+    micro_batches: this rank's; there may be none. Where memory does not reach they are cut in halves, and the step is
+    begun anew.
     """
     own = {"": float(len(micro_batches))}  # their number, under a name that no term has
     for batch in micro_batches:
@@ -167,20 +197,18 @@ def accumulate(
     num_micro = counts.pop("")
     empty = [term for term, count in counts.items() if count <= 0]
     if empty:
-        raise TrainError(Fault(f"nothing to learn from: {', '.join(empty)} counts no item", where=f"step {key[1] + 1}"))
-    cost = 0.0
-    logs: dict[str, float] = {}
-    rank, size = share()
-    for i, batch in enumerate(micro_batches):
-        # dropout depends on the step and the place in it, not on what ran before or where
-        torch.manual_seed(derive_seed(*key, rank + i * size))
-        with compute_in(place.precision, place.device):
-            loss = task.loss(model, batch, loaded)
-        part = torch.stack([value.float() / counts[term] for term, value in loss.totals.items()]).sum()
-        part.backward()
-        cost += part.item()
-        for name, value in loss.logs.items():
-            logs[name] = logs.get(name, 0.0) + value / num_micro
+        problem = f"nothing to learn from: {', '.join(empty)} counts no item"
+        raise TrainError(Fault(problem, where=f"step {state.step + 1}"))
+    while True:
+        try:
+            cost, logs = _backward(task, model, loaded, micro_batches, place, counts, num_micro, (seed, state))
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out(error):
+                raise
+            memory.halve(state, task, micro_batches, error, say)
+        model.zero_grad(set_to_none=True)
+        memory.give_back()  # only here: the error still held what the forward pass had made
     penalty = method.penalty(model) if is_first() else None  # once a step
     if penalty is not None:
         penalty.backward()
@@ -189,25 +217,43 @@ def accumulate(
     return total({"loss": cost, **logs}) | {"items": float(max(counts.values()))}
 
 
+def _backward(
+    task: Task,
+    model: nn.Module,
+    loaded: Loaded,
+    micro_batches: Sequence[Batch],
+    place: Workplace,
+    counts: dict[str, float],
+    num_micro: float,
+    key: tuple[int, State],
+) -> tuple[float, dict[str, float]]:
+    """Forward and backward of each piece; the cost, and the means that the task logs."""
+    cost = 0.0
+    logs: dict[str, float] = {}
+    rank, size = share()
+    seed, state = key
+    for i, batch in enumerate(micro_batches):
+        pieces, rows = memory.cut(batch, state.pieces), memory.rows_of(batch)
+        for j, piece in enumerate(pieces):
+            # dropout depends on the step and the place in it, not on what ran before or where
+            torch.manual_seed(derive_seed(seed, state.step, rank + i * size, *([j] if j else [])))
+            with compute_in(place.precision, place.device):
+                loss = task.loss(model, piece, loaded)
+            part = torch.stack([value.float() / counts[term] for term, value in loss.totals.items()]).sum()
+            part.backward()
+            cost += part.item()
+            for name, value in loss.logs.items():
+                logs[name] = logs.get(name, 0.0) + value / num_micro * memory.rows_of(piece) / rows
+    return cost, logs
+
+
 def clip(model: nn.Module, limit: float) -> float:
     """The norm of all gradients together; scaled down to `limit` where it is larger (0: never)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(parameters, limit or math.inf).item()
-
-
-def stop_unless_finite(logs: dict[str, float], state: State, micro_batches: Sequence[Batch]) -> None:
-    """NaN must never pass as success: elsewhere it is logged as 0.0 and the run exits 0 (docs/facts.md)."""
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(logs[name])]
-    if bad:
-        rows = [row for rows in gathered([row for b in micro_batches for row in b.get("row", [])]) for row in rows]
-        raise TrainError(
-            Fault(
-                f"{' and '.join(bad)} not finite; the step was not taken and the last checkpoint stands",
-                where=f"step {state.step + 1} of {state.total}",
-                got=f"rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
-                remedy="Lower train.learning_rate, or try train.precision=float32.",
-            )
-        )
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+    if norm.isfinite():  # else gradients stay as they are: they tell where it began
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    return norm.item()
 
 
 def judge(task: Task, state: State, scores: dict[str, float], train: TrainSpec, callbacks: Sequence[Callback]) -> bool:
@@ -222,30 +268,10 @@ def judge(task: Task, state: State, scores: dict[str, float], train: TrainSpec, 
         state.stale += 1
     if train.early_stopping_patience and state.stale >= train.early_stopping_patience:
         state.stop = f"no better {metric.name} on validation for {state.stale} evaluations (best {state.best:.4f})"
+    state.judged = state.step
     for callback in callbacks:
         callback.on_evaluate(state, {"split": "validation", **scores})  # type: ignore[dict-item]
     return is_best
-
-
-# ------------------------------------------------------------------- saving, resuming
-def save(
-    run: RunDir,
-    state: State,
-    digest: str,
-    method: Method,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train: TrainSpec,
-) -> None:
-    """A checkpoint, written by the first rank; the others wait, so that nobody runs ahead of a file."""
-    if is_first():
-        tensors = method.state(model)
-        if train.train_batch_norm:
-            tensors |= dict(model.named_buffers())
-        parts = {"model": tensors, "optimizer": optimizers.state_by_name(optimizer)}
-        checkpoint.save(run, state, digest, parts, {"rates": [g["initial_lr"] for g in optimizer.param_groups]})
-        checkpoint.rotate(run, train.save_total_limit, state.best_step if train.early_stopping_patience else None)
-    gathered(None)
 
 
 def extended(

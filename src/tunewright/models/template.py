@@ -6,10 +6,20 @@ token's id: a padding token that is also the end token, or an end token in the m
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from collections.abc import Sequence
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import jinja2
+import jinja2.nodes
 
 from tunewright.errors import Fault, ModelError
 
@@ -24,6 +34,10 @@ PLAIN = (
     "{% else %}{{ ('' if loop.first else 'A:\n') + m['content'] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt and messages %}{{ 'A:\n' }}{% endif %}"
 )
+SECONDS = 2.0  # a template takes well under a millisecond
+MEMORY = 1 << 30
+LONGEST = 1_000_000  # characters around what people wrote
+STATUS = Path("/proc/self/statm")
 MARK = re.compile("\ue0f1(\\d+)\ue0f2")  # stands for a content while its surroundings are rendered
 
 
@@ -76,10 +90,66 @@ def control_ids(tokenizer: Any) -> set[int]:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
-    """The template's text, made in transformers' sandbox. `prompt`: up to where an answer would begin."""
+    """The template's text, made in transformers' sandbox. `prompt`: up to where an answer would begin.
+
+    The sandbox keeps a template from the system, not from running for hours or filling the memory: time, memory and
+    length are limited here. Raises ModelError where a template exceeds them.
+    """
     if not messages and prompt:
         return render(tokenizer, messages, False)
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    if _has_powers(tokenizer.chat_template):
+        raise _excessive("computes powers, which nothing can interrupt,", len(messages))
+    limit = LONGEST + 10 * sum(len(m["content"]) for m in messages)
+    try:
+        with _bounded():
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except (TimeoutError, MemoryError, OverflowError) as error:
+        raise _excessive(f"took more than {SECONDS:.0f} seconds or {MEMORY >> 20} MiB", len(messages)) from error
+    if len(text) > limit:
+        raise _excessive(f"wrote {len(text):,} characters", len(messages))
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def _has_powers(source: str) -> bool:
+    """9 ** 9 ** 9 is one instruction to Python: no deadline reaches it."""
+    try:
+        return any(jinja2.Environment(autoescape=True).parse(source).find_all(jinja2.nodes.Pow))
+    except jinja2.TemplateSyntaxError:
+        return False  # with transformers' own extensions it may be fine; if not, they say so
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """A deadline and a ceiling for new memory, where the system and the thread allow them."""
+    here = threading.current_thread() is threading.main_thread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late) if here else None
+    try:
+        if here:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        if STATUS.exists():  # Linux; a limit without knowing what is in use would be a guess
+            resource.setrlimit(resource.RLIMIT_AS, (_in_use() + MEMORY, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        if here:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def _in_use() -> int:
+    """Bytes of address space that this process has taken."""
+    return int(STATUS.read_text().split()[0]) * resource.getpagesize()
+
+
+def _excessive(what: str, turns: int) -> ModelError:
+    remedy = "A template that does so is broken or hostile: put a plain chat_template.jinja beside the base."
+    return ModelError(Fault(f"the chat template {what} for {turns} turns", where="chat template", remedy=remedy))
 
 
 # ---------------------------------------------------------------------- pieces

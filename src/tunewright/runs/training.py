@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -22,12 +23,14 @@ import torch
 from tunewright.contracts import Baseline, Callback, Loaded, Method, State, Task
 from tunewright.data.batches import Examples
 from tunewright.engine import callbacks as watching
-from tunewright.engine import distributed
+from tunewright.engine import distributed, memory
 from tunewright.engine.distributed import choose_device, choose_threads, from_first, is_first, peak_memory
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.engine.fit import Workplace, fit
+from tunewright.engine.interruption import handled
+from tunewright.engine.keeping import is_full, megabytes
 from tunewright.engine.precision import choose_precision
-from tunewright.errors import Fault, RunError, TunewrightError
+from tunewright.errors import Fault, RunError, TrainError, TunewrightError
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir, fresh_path
@@ -47,20 +50,23 @@ def train(
     out: Path,
     *,
     again: bool = False,
+    allow_change: bool = False,
     callbacks: Sequence[Callback] = (),
     say: Say = lambda text: print(text, file=sys.stderr),
     quiet: bool = False,
 ) -> RunDir:
     """Train, measure and report; continue where a killed run stopped; leave a finished one alone.
 
-    Raises UserError for everything that is wrong with recipe, data, base or folder, before the first step.
+    Raises UserError for everything that is wrong with recipe, data, base or folder, before the first step, and
+    Interrupted when SIGTERM or SIGINT came and the step under way was saved.
     Under `torchrun` all ranks train and answer test rows; the first one speaks and writes.
     """
     distributed.join()
     if not is_first():
         say, quiet, callbacks = _silent, True, ()
     try:
-        return _start(recipe, out, again, callbacks, say, quiet)
+        with handled():
+            return _start(recipe, out, again, allow_change, callbacks, say, quiet)
     except Exception as error:
         told = distributed.farewell(error)
         if told is error:
@@ -72,13 +78,15 @@ def _silent(text: str) -> None:
     """What the ranks after the first have to say."""
 
 
-def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback], say: Say, quiet: bool) -> RunDir:
+def _start(
+    recipe: Recipe, out: Path, again: bool, allow_change: bool, callbacks: Sequence[Callback], say: Say, quiet: bool
+) -> RunDir:
     if again and from_first(out.exists):
         out = from_first(lambda: fresh_path(out))
         say(f"A fresh folder: {out}")
     prepared = checking.prepare(recipe)
-    run = from_first(lambda: RunDir.create(out, recipe))
-    _same_data(run, prepared)
+    run = from_first(lambda: RunDir.create(out, recipe, allow_change))
+    _same_data(run, prepared, allow_change, say)
     if finished := from_first(lambda: run.finished):
         say(f"{run.path} is finished and left as it is; --again trains anew in a fresh folder.")
         if not recipe.export.merged:
@@ -92,24 +100,28 @@ def _start(recipe: Recipe, out: Path, again: bool, callbacks: Sequence[Callback]
             if recipe.export.merged:
                 from_first(lambda: export_merged(run, recipe.export.tolerance, say))
         except Exception as error:
-            told = distributed.farewell(error)
+            told = distributed.farewell(_in_words(run, error))
             if is_first():
                 text = str(told) if isinstance(told, TunewrightError) else traceback.format_exc()
-                (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
+                with contextlib.suppress(OSError):  # on a full disk the message on stderr must do
+                    (run.path / "error.txt").write_text(text + "\n", encoding="utf-8")
             if told is error:
                 raise
             raise told from error
     return run
 
 
-def _same_data(run: RunDir, prepared: checking.Prepared) -> None:
+def _same_data(run: RunDir, prepared: checking.Prepared, allow_change: bool, say: Say) -> None:
     """A recipe names places, not contents: where those have changed, this is another experiment."""
     if not (run.path / "data.json").is_file():
         return
     before = {(file["split"], file["sha256"]) for file in run.read_json("data.json")["files"]}
     now = prepared.data.facts["files"]
     if changed := [file["file"] for file in now if (file["split"], file["sha256"]) not in before]:
-        remedy = "Choose another output_dir, or --again for a fresh folder beside it."
+        if allow_change:
+            say(f"Other data than at the start of this run, as allowed: {', '.join(changed)}.")
+            return
+        remedy = "Choose another output_dir, --again for a fresh folder beside it, or --allow-change."
         raise RunError(Fault(f"began with other data: {', '.join(changed)} differs", str(run.path), remedy=remedy))
 
 
@@ -137,10 +149,15 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
         run.write_json("data.json", facts)
         own_rate = {"train.learning_rate": chosen[0]} if recipe.train.learning_rate is None else {}
         options = {"task": dataclasses.asdict(prepared.task), "method": dataclasses.asdict(method)}
-        recipe.write(run.path / "recipe.yaml", own_rate, options)
+        run.write_text("recipe.yaml", recipe.text(own_rate, options))
 
     began = time.perf_counter()
-    watchers = [watching.Log(run, recipe.train.logging_steps), watching.Progress(quiet), *callbacks]
+    watchers = [
+        watching.Log(run, recipe.train.logging_steps, say),
+        watching.Suspicion(say),
+        watching.Progress(quiet),
+        *callbacks,
+    ]
     watchers = watchers if is_first() else []
     state, model = fit(
         task, method, loaded, steps, recipe.train, run, digest=recipe.digest(), workplace=place,
@@ -160,6 +177,7 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
             run.write_json("evidence.json", evidence)
     if is_first():
         write_report(run.path)
+        run.sync()  # the card says that the run is finished
         write_card(run.path)
     verdict = from_first(lambda: run.read_json("evidence.json")["verdict"])  # the others wait here for the files
     say(f"\n{verdict['sentence']}\nReport: {run.path / 'report.html'}")
@@ -186,11 +204,14 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
     torch.set_num_threads(threads)
     precision, why = choose_precision(recipe.train.precision, device, stored.get("precision"))
     say(f"Device {device.type} ({why_device}), {threads} threads ({why_threads}), precision {precision} ({why}).")
-    if not stored:
-        import peft
-        import transformers
+    import peft
+    import transformers
 
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    changed = [f"{name} {stored[name]}, now {now}" for name, now in versions.items() if stored.get(name, now) != now]
+    if changed:
+        say(f"This run began with {', '.join(changed)}: its end may differ from an uninterrupted one.")
+    if not stored:
         stored = {
             "tunewright": __version__, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
@@ -234,10 +255,15 @@ def _validation(task: Task, loaded: Loaded, prepared: checking.Prepared) -> Call
 
 # ---------------------------------------------------------------------- after
 def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loaded, recipe: Recipe) -> None:
-    with run.whole_folder("model") as folder:
-        method.save(model, loaded, folder)
-        _forget_bits(folder / "config.json")
-        (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
+    try:
+        with run.whole_folder("model") as folder:
+            method.save(model, loaded, folder)
+            _forget_bits(folder / "config.json")
+            (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise _no_room(run, "model/", sum(p.numel() * p.element_size() for p in model.parameters())) from error
     run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
 
 
@@ -246,6 +272,25 @@ def _forget_bits(config: Path) -> None:
     settings = json.loads(config.read_text(encoding="utf-8"))
     if settings.pop("quantization_config", None):
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _in_words(run: RunDir, error: Exception) -> Exception:
+    """The error to tell: what the machine lacks is no fault of ours, and is said in a sentence."""
+    if isinstance(error, TunewrightError):
+        return error
+    if is_full(error):
+        return _no_room(run, "what was being written", 2**20)
+    if memory.is_out(error):
+        got, remedy = memory.first_line(error), f"Lower train.per_device_train_batch_size. {memory.LESS}"
+        return TrainError(Fault("memory does not reach", str(run.path), got=got, remedy=remedy))
+    return error
+
+
+def _no_room(run: RunDir, what: str, needed: int) -> TrainError:
+    free = shutil.disk_usage(run.path).free
+    problem = f"the disk is full: {what} needs up to {megabytes(needed)}, {megabytes(free)} are free"
+    remedy = "Make room and give the same command again: it continues from the last checkpoint, nothing is lost."
+    return TrainError(Fault(problem, where=str(run.path), remedy=remedy))
 
 
 def _answers(
