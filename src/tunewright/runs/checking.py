@@ -60,7 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
             faults += error.faults
     if method is not None and recipe.export.merged and not method.folds:
         problem = f"{recipe.method.name} cannot be folded into the weights"
-        faults.append(Fault(problem, where="export.merged", remedy="Leave it out, or take lora, bottleneck or full."))
+        faults.append(Fault(problem, where="export.merged", remedy="Leave it out, or take lora, ia3 or full."))
     if method is not None and recipe.model.quantize and method.standalone:
         problem = f"{recipe.method.name} writes a whole model, which a base in few bits cannot become"
         faults.append(Fault(problem, where="model.quantize", remedy="Leave it out, or take lora, ia3 or bottleneck."))
