@@ -243,7 +243,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
     example = steps.examples[0]
     facts = {key: value for key, value in prepared.data.facts.items() if key != "split"}
     model = prepared.method.apply(loaded.model, loaded)
-    trainable, total = count_parameters(model)
+    kept = set(prepared.method.state(model))  # also what trains only later
+    trainable = sum(p.numel() for name, p in model.named_parameters() if name in kept)
+    total = count_parameters(model)[1]
     return {
         "ok": True,
         "digest": recipe.digest(),
