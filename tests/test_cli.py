@@ -21,7 +21,7 @@ from conftest import tiny_tree, write_image_rows, write_text_rows
 import tunewright
 from tunewright.cli import main
 
-VERBS = ["check", "train", "evaluate", "predict", "report", "compare", "demo", "tasks", "methods"]
+VERBS = ["check", "train", "evaluate", "predict", "report", "compare", "merge", "demo", "tasks", "methods"]
 HEAVY = ["torch", "transformers", "numpy", "peft", "pyarrow", "huggingface_hub"]
 
 
@@ -164,7 +164,7 @@ def test_errors_are_one_json_document_too(cli, words):
     ("keys", "said"),
     [
         (["task=text-clasification"], ['unknown task "text-clasification"', 'Did you mean "text-classification"?']),
-        (["method=loar"], ['unknown method "loar"', 'Did you mean "lora"?', "full, head, lora"]),
+        (["method=loar"], ['unknown method "loar"', 'Did you mean "lora"?', "full, head, ia3, layers, lora"]),
         (["method=lora", "method.lora_alfa=3"], ['"lora_alfa"', 'Did you mean "lora_alpha"?', "method.lora_alfa"]),
         (["task.max_lenght=3"], ['"max_lenght"', 'Did you mean "max_length"?', "task.max_lenght"]),
         (["method=lora", "method.r=four"], ["method.r: wrong kind of value", "a whole number", "'four'"]),
@@ -428,6 +428,7 @@ def test_every_verb_prints_one_json_document(cli, desk, run, monkeypatch):
         "check": ["check", desk / "text.yaml"], "train": image, "trained already": image,
         "evaluate": ["evaluate", run], "evaluate a file": ["evaluate", run, rows], "predict": ["predict", run, "sun"],
         "predict a file": ["predict", run, rows], "report": ["report", run], "compare": ["compare", run, run],
+        "merge": ["merge", run, "--out", desk / "merged"],
         "demo": ["demo", "--out", desk / "demo"], "tasks": ["tasks"], "methods": ["methods"],
     }  # fmt: skip
     assert {words[0] for words in commands.values()} == set(VERBS)

@@ -268,11 +268,10 @@ def test_depth_is_counted_from_the_top_of_what_is_selected(tiny_recipe, deep):
 
 
 @pytest.mark.parametrize("options", [{"only": "biases"}, {"match": "dense"}, {"head_first": True}])
-def test_parts_and_solved_heads_have_one_rate_for_all_unless_asked(tiny_recipe, deep, options):
+def test_parts_and_lp_ft_have_one_rate_at_every_depth_unless_asked(tiny_recipe, deep, options):
     method, model, loaded = applied(tiny_recipe, model=deep, **options)
     method.advance(model, loaded, 0.99)
-    new = options == {"match": "dense"} or "head_first" in options  # its rate is not yet a head's own
-    assert {g["lr"] for g in method.groups(model, loaded, 1.0, 0.0)} == ({1.0, 10.0} if new else {1.0})
+    assert {g["lr"] for g in method.groups(model, loaded, 1.0, 0.0)} == {1.0, 10.0}, "the body's and the new head's"
     asked, model, loaded = applied(tiny_recipe, model=deep, **options, layer_decay=0.5)
     asked.advance(model, loaded, 0.99)
     assert 0.5 in {g["lr"] for g in asked.groups(model, loaded, 1.0, 0.0)}

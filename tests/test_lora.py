@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_answers
+from conftest import same_answers, tiny_tree
 from safetensors.torch import load_file
 
 from tunewright import find
 from tunewright.contracts import Callback, Layout, Loaded, Method
 from tunewright.errors import MethodError, RecipeError
-from tunewright.models import low_rank
+from tunewright.models import low_rank, tiny, vocabulary
+from tunewright.models.layout import layout_of
 from tunewright.recipe import Recipe
 from tunewright.runs import checking
 from tunewright.runs.prediction import open_run
@@ -65,11 +70,14 @@ def test_every_variant_starts_at_the_base_moves_and_gives_the_base_as_reference(
         assert task_object.predict(model, batch, fresh) != before
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_merges_saves_and_opens_with_plain_peft_on_the_untouched_base(tiny_recipe, tmp_path, name):
+MERGED = [("text-classification", name) for name in VARIANTS] + [("image-classification", "dora")]
+
+
+@pytest.mark.parametrize(("where", "name"), MERGED)
+def test_every_variant_merges_saves_and_opens_with_plain_peft_on_the_untouched_base(tiny_recipe, tmp_path, where, name):
     import peft
 
-    ready, task, loaded, model = adapted(tiny_recipe, **VARIANTS[name])
+    ready, task, loaded, model = adapted(tiny_recipe, where, **VARIANTS[name])
     moved(model)
     batch = task.collate([task.encode(r, loaded) for r in ready.data.train[:3]])
     plain = checking.load(ready)[1]
@@ -80,6 +88,37 @@ def test_every_variant_merges_saves_and_opens_with_plain_peft_on_the_untouched_b
         same_answers(own, task.predict(opened, batch, plain), abs=1e-5)
         same_answers(own, task.predict(ready.method.merge(model).eval(), batch, loaded), abs=1e-5)
         assert own == task.predict(model, batch, loaded), "merging left the model alone"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_weights_that_are_stored_the_other_way_round_are_adapted_the_same(tmp_path, options):
+    """GPT-2's Conv1D is (in, out): rows and columns must not be mixed up, which square matrices would hide."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    settings = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 40, "initializer_range": 0.2}
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
+    plain, ids = copy.deepcopy(net), torch.arange(12).reshape(2, 6)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        before = net(ids).logits
+        model = build(r=3, **options).apply(net, Loaded(net, None, layout_of(net))).eval()
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+        moved(model)
+        own, merged = model(ids).logits, build(**options).merge(model).eval()(ids).logits
+        assert (own - before).abs().max() > 0.1
+        torch.testing.assert_close(merged, own, atol=1e-5, rtol=1e-5)
+        low_rank.save(model, Loaded(net, Silent(), layout_of(plain)), tmp_path)
+        opened = peft.PeftModel.from_pretrained(plain, str(tmp_path)).eval()(ids).logits
+        torch.testing.assert_close(opened, own, atol=1e-5, rtol=1e-5)
+
+
+class Silent:
+    """A processor with nothing to save."""
+
+    def save_pretrained(self, folder):
+        pass
 
 
 def test_rslora_divides_by_the_root_of_the_rank(tiny_recipe):
@@ -125,18 +164,79 @@ def test_pissa_begins_with_the_top_of_numpys_singular_values(tiny_recipe):
     np.testing.assert_allclose(product.detach().numpy(), top, atol=1e-5)
 
 
+def test_olora_begins_with_a_part_of_numpys_qr(tiny_recipe):
+    _, _, _, model = adapted(tiny_recipe, r=3, init_lora_weights="olora")
+    layer = query(model)
+    q, upper = np.linalg.qr(layer.base_layer.weight.detach().numpy())
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    np.testing.assert_allclose(product.detach().numpy(), q[:, :3] @ upper[:3], atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_rank_above_a_matrix_starts_at_the_base_and_is_saved(tiny_recipe, tmp_path, how):
+    import peft
+
+    ready, task, loaded, model = adapted(tiny_recipe, r=24, init_lora_weights=how)
+    plain = checking.load(ready)[1]
+    batch = task.collate([task.encode(r, loaded) for r in ready.data.train[:3]])
+    with torch.no_grad():
+        same_answers(task.predict(plain.model.eval(), batch, plain), task.predict(model, batch, loaded), abs=1e-5)
+        moved(model)
+        ready.method.save(model, loaded, tmp_path)
+        opened = peft.PeftModel.from_pretrained(plain.model, str(tmp_path)).eval()
+        same_answers(task.predict(model, batch, loaded), task.predict(opened, batch, plain), abs=1e-5)
+
+
 def test_eva_begins_with_the_main_directions_of_what_flows_in(tiny_recipe):
+    """Right singular vectors of all inputs by numpy; padding, which is most of a short row, is none of them."""
     ready, task, loaded, model = adapted(tiny_recipe, r=3, init_lora_weights="eva")
+    batches = list(checking.planned_steps(ready, task, loaded).once_over())
     inputs: list[torch.Tensor] = []
-    handle = query(model).register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
-    steps = checking.planned_steps(ready, task, loaded)
-    ready.method.start(model, task, loaded, steps.once_over())
+    handle = query(model).register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    assert ready.method.start(model, task, loaded, batches) is None
     handle.remove()
-    seen = torch.cat(inputs[: len(list(steps.once_over()))]).double().numpy()
+    assert len(inputs) == len(batches) >= 3
+    assert any((b["attention_mask"] == 0).any() for b in batches)
+    seen = torch.cat([x[b["attention_mask"].bool()] for x, b in zip(inputs, batches, strict=True)]).double().numpy()
     _, _, v = np.linalg.svd(seen, full_matrices=False)
     a = query(model).lora_A["default"].weight.detach().numpy()
     assert np.abs(np.abs((a * v[:3]).sum(1)) - 1).max() < 1e-4, "the same directions, up to their sign"
-    assert any("EVA" in note for note in loaded.notes)
+    assert not query(model).lora_B["default"].weight.any()
+
+
+def test_what_a_start_does_is_said():
+    said = {how: build(init_lora_weights=how).remarks() for how in ("default", "pissa", "eva")}
+    assert said["default"] == []
+    assert "rank 16, twice r" in said["pissa"][1]
+    assert "inputs of every matrix" in said["eva"][0]
+    assert "no dropout" in build(use_dora=True).remarks()[0]
+
+
+def test_few_matrices_are_recommended_a_higher_rate():
+    assert build().recommended()[0] == build(use_dora=True).recommended()[0] == 1e-3
+    assert build(target_modules=["q_proj", "v_proj"]).recommended()[0] == 3e-3
+    assert build(target_modules=["q_proj", "down_proj"]).recommended()[0] == 1e-3
+
+
+def build(**options) -> Method:
+    return find.build("methods", "lora", options, Method)
+
+
+@pytest.mark.parametrize("how", ["default", "pissa"])
+def test_on_a_base_in_few_bits_a_start_is_the_base_and_merging_is_onto_what_the_bits_stand_for(tiny_recipe, how):
+    pytest.importorskip("bitsandbytes")
+    base = tiny_tree("causal-lm", Path(tempfile.mkdtemp()))["model"]
+    keys = {"model": {"checkpoint": base, "quantize": "nf4"}, "method": {"name": "lora", "init_lora_weights": how}}
+    ready = checking.prepare(tiny_recipe("causal-lm", **keys))
+    task, loaded = checking.load(ready)
+    batch = task.collate([task.encode(r, loaded) for r in ready.data.train[:3]])
+    with torch.no_grad():
+        before = task.predict(loaded.model.eval(), batch, loaded)
+        model = ready.method.apply(loaded.model, loaded).eval()
+        same_answers(before, task.predict(model, batch, loaded), abs=1e-4)
+        moved(model)
+        own = task.predict(model, batch, loaded)
+        same_answers(own, task.predict(ready.method.merge(model).eval(), batch, loaded), abs=1e-3)
 
 
 def test_loraplus_gives_b_its_own_rate(tiny_recipe):
@@ -239,38 +339,21 @@ def low_all() -> tuple[str, ...]:
 # ------------------------------------------------------------ mixtures of experts
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """A recipe for a two-layer Mixtral of four experts."""
-    import transformers
-    from conftest import tiny_tree
-
+    """`mixture(method=...)` -> a recipe for a two-layer Mixtral of four experts."""
     where = tmp_path_factory.mktemp("mixture")
+    base = tiny.mixture(where / "base")
     tree = tiny_tree("causal-lm", where)
-    config = transformers.AutoConfig.from_pretrained(where / "base")
-    torch.manual_seed(0)
-    model = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            vocab_size=config.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2,
-            max_position_embeddings=64, bos_token_id=2, eos_token_id=3, pad_token_id=0, initializer_range=0.15,
-        )
-    )  # fmt: skip
-    for file in (where / "base").glob("*.safetensors"):
-        file.unlink()
-    model.save_pretrained(where / "base")
-
-    def make(**keys):
-        return Recipe.of(tree | keys)[0]
-
-    return make
+    assert tree["model"] == str(base)
+    return lambda **keys: Recipe.of(tree | keys)[0]
 
 
-def test_experts_are_adapted_the_router_is_not_and_plain_peft_opens_it(mixture, tmp_path):
+@pytest.mark.parametrize("how", ["default", "pissa", "eva"])
+def test_experts_and_attention_move_nothing_else_does_and_plain_peft_opens_it(mixture, tmp_path, how):
     import peft
 
-    recipe = mixture(method="lora", train={"max_steps": 4, "learning_rate": 1e-2, "precision": "float32"})
+    method = {"name": "lora", "init_lora_weights": how}
+    recipe = mixture(method=method, train={"max_steps": 4, "learning_rate": 1e-2, "precision": "float32"})
     run = train(recipe, tmp_path / "run", quiet=True, say=lambda text: None)
-    tensors = load_file(run.path / "model" / "adapter_model.safetensors")
-    assert sum("experts" in name for name in tensors) >= 8, "A and B of two fused weights in two layers"
     ready = checking.prepare(recipe)
     task, base = checking.load(ready)
     opened = peft.PeftModel.from_pretrained(base.model, str(run.path / "model")).eval()
@@ -283,9 +366,44 @@ def test_experts_are_adapted_the_router_is_not_and_plain_peft_opens_it(mixture, 
         same_answers(own, task.predict(merged, batch, base), abs=1e-5)
     clean = dict(checking.load(ready)[1].model.named_parameters())
     changed = {n for n, p in merged.named_parameters() if not torch.equal(p, clean[n])}
-    assert any("experts.gate_up_proj" in n for n in changed)
-    assert any("experts.down_proj" in n for n in changed)
-    assert not any("norm" in n or "embed" in n or "lm_head" in n for n in changed)
+    kinds = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    wanted = {f"{kind}.weight" for kind in kinds} | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert changed == {f"model.layers.{i}.{name}" for i in (0, 1) for name in wanted}
+
+
+@pytest.mark.parametrize("how", ["default", "eva"])
+def test_what_happens_to_experts_is_noted(mixture, how):
+    _, loaded = checking.load(checking.prepare(mixture()))
+    build(init_lora_weights=how).apply(loaded.model, loaded)
+    said = loaded.notes[-1]
+    assert said.startswith("Experts are adapted too (down_proj, gate_up_proj; 4 fused weights, rank 8 for each expert)")
+    assert "routes tokens to them stays frozen" in said
+    assert ("eva does not reach them" in said) == (how == "eva")
+
+
+def test_a_router_that_is_a_linear_layer_stays_frozen_unless_it_is_named():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.PhimoeConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    for targets, reached in (("all-linear", 0), (["router"], 2)):
+        net = transformers.PhimoeForCausalLM(config)
+        model = build(target_modules=targets).apply(net, Loaded(net, None, layout_of(net)))
+        names = [name for name, _ in low_rank.lora_layers(model)]
+        assert sum("router" in name for name in names) == reached
+        assert any("experts" in name for name in names) == (reached == 0)
+
+
+def test_a_router_that_is_a_bare_weight_can_be_named(mixture):
+    ready = checking.prepare(mixture(method={"name": "lora", "target_parameters": ["mlp.gate.weight"]}))
+    _, loaded = checking.load(ready)
+    model = ready.method.apply(loaded.model, loaded)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert sum(".mlp.gate." in n for n in trained) == 4
+    assert not any("experts" in n for n in trained)
 
 
 def test_experts_can_be_left_frozen_and_what_cannot_be_had_on_them_is_refused(mixture):
@@ -293,12 +411,130 @@ def test_experts_can_be_left_frozen_and_what_cannot_be_had_on_them_is_refused(mi
     _, loaded = checking.load(ready)
     model = ready.method.apply(loaded.model, loaded)
     assert not any(p.requires_grad and "experts" in n for n, p in model.named_parameters())
-    ready = checking.prepare(mixture(method={"name": "lora", "use_dora": True}))
-    _, loaded = checking.load(ready)
-    with pytest.raises(MethodError, match="use_dora cannot be had on the fused weights"):
-        ready.method.apply(loaded.model, loaded)
-    ready = checking.prepare(mixture(method={"name": "lora", "target_parameters": ["experts.gate_proj"]}))
+    named = {"target_parameters": ["experts.down_proj"]}
+    for options in ({"use_dora": True}, {"lora_dropout": 0.1}, {"use_dora": True} | named):
+        _, loaded = checking.load(ready)
+        with pytest.raises(MethodError, match=r"(use_dora|lora_dropout) cannot be had on the fused weights"):
+            build(**options).apply(loaded.model, loaded)
     with pytest.raises(MethodError, match=r"gate_proj.*match no fused weight.*experts\.down_proj"):
+        build(target_parameters=["experts.gate_proj"]).apply(loaded.model, loaded)
+
+
+# ------------------------------------------------------------------------ new tokens
+NEW = ("<tool>", "<end>")
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """`grown("causal-lm", tied)` -> a recipe whose tokenizer knows two tokens that the base lacks; rows contain one."""
+    import transformers
+
+    def make(task: str, tied: bool):
+        where = tmp_path_factory.mktemp("grown")
+        (where / "base").mkdir()
+        config = {"tie_word_embeddings": tied} if task == "causal-lm" else {}
+        maker = tiny.causal_lm if task == "causal-lm" else tiny.text_encoder
+        maker(where / "base", **config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where / "base")
+        assert tokenizer.add_tokens(list(NEW)) == 2
+        tokenizer.save_pretrained(where / "base")
+        tree = tiny_tree(task, where)
+        rows = Path(tree["data"]["train"])
+        rows.write_text(rows.read_text().replace(" e", " <tool>"))
+        assert "<tool>" in rows.read_text()
+        return Recipe.of(tree | {"method": "lora"})[0]
+
+    return make
+
+
+@pytest.mark.parametrize(("task", "tied"), [("causal-lm", True), ("causal-lm", False), ("text-classification", False)])
+def test_of_the_tables_only_the_rows_of_new_tokens_move(grown, task, tied):
+    ready = checking.prepare(grown(task, tied))
+    task_object, loaded = load_grown(ready)
+    ids, rows = loaded.helpers["new_tokens"], loaded.helpers["new_tokens"][0]
+    assert [loaded.processor.convert_tokens_to_ids(token) for token in NEW] == ids
+    assert any("'<tool>', '<end>'" in note for note in loaded.notes)
+    base = copy.deepcopy(loaded.model)
+    old = base.get_input_embeddings().weight
+    torch.testing.assert_close(old[ids[0]], old[:rows].mean(0))
+    model = ready.method.apply(loaded.model, loaded)
+    batch = task_object.collate([task_object.encode(r, loaded) for r in ready.data.train[:16]])
+    assert (batch["input_ids"] == ids[0]).any()
+    optimizer = torch.optim.SGD(ready.method.groups(model, loaded, 0.5, 0.0))
+    for _ in range(2):  # at first B is nothing, and so is the gradient of A
+        sum(task_object.loss(model, batch, loaded).totals.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model.eval()
+        merged = ready.method.merge(model).eval()
+        own = task_object.predict(model, batch, loaded)
+        same_answers(own, task_object.predict(merged, batch, loaded), abs=2e-5)
+        with ready.method.reference(model, None) as reference:
+            same_answers(
+                task_object.predict(base.eval(), batch, loaded), task_object.predict(reference, batch, loaded), abs=1e-6
+            )
+    new = merged.get_input_embeddings().weight
+    assert torch.equal(new[:rows], old[:rows])
+    assert not torch.equal(new[ids[0]], old[ids[0]])
+    if task == "causal-lm":
+        before, after = base.get_output_embeddings().weight, merged.get_output_embeddings().weight
+        assert (after is new) == tied
+        assert torch.equal(after[:rows], before[:rows])
+        assert not any(torch.equal(after[i], before[i]) for i in ids)
+
+
+@pytest.mark.parametrize(("task", "tied"), [("causal-lm", True), ("causal-lm", False), ("text-classification", False)])
+def test_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_path, task, tied):
+    import peft
+    import transformers
+
+    ready = checking.prepare(grown(task, tied))
+    task_object, loaded = load_grown(ready)
+    torch.manual_seed(0)
+    model = ready.method.apply(loaded.model, loaded).eval()
+    moved(model)
+    ready.method.save(model, loaded, tmp_path)
+    vocabulary.describe_base(tmp_path / "config.json", loaded)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tables = [tensor for name, tensor in tensors.items() if "trainable_tokens" in name]
+    assert [table.shape for table in tables] == [(2, 16)] * (2 if task == "causal-lm" and not tied else 1)
+    auto = getattr(transformers, type(task_object).auto_class)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    there = {"base": auto.from_pretrained(ready.recipe.model.checkpoint, config=config)}
+    exec("\n".join(loaded.helpers["growing"]), there)
+    opened = peft.PeftModel.from_pretrained(there["base"], str(tmp_path)).eval()
+    again = load_grown(ready)[1]
+    ours = ready.method.open(again, tmp_path).eval()
+    batch = task_object.collate([task_object.encode(r, loaded) for r in ready.data.train[:4]])
+    with torch.no_grad():
+        own = task_object.predict(model, batch, loaded)
+        same_answers(own, task_object.predict(opened, batch, loaded), abs=1e-6)
+        same_answers(own, task_object.predict(ours, batch, again), abs=1e-6)
+
+
+def load_grown(ready):
+    task, loaded = checking.load(ready)
+    vocabulary.grow(loaded)
+    return task, loaded
+
+
+def test_tables_that_are_large_enough_stay_as_they_are(tiny_recipe):
+    ready = checking.prepare(tiny_recipe())
+    _, loaded = checking.load(ready)
+    before, notes = loaded.model.get_input_embeddings(), list(loaded.notes)
+    vocabulary.grow(loaded)
+    assert loaded.model.get_input_embeddings() is before
+    assert "new_tokens" not in loaded.helpers
+    assert loaded.notes == notes
+
+
+def test_an_output_layer_with_a_bias_is_refused_because_peft_would_lose_it(grown):
+    ready = checking.prepare(grown("causal-lm", False))
+    _, loaded = load_grown(ready)
+    head = loaded.model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with pytest.raises(MethodError, match=r"lm_head cannot train.*bias"):
         ready.method.apply(loaded.model, loaded)
 
 
@@ -306,7 +542,6 @@ def test_experts_can_be_left_frozen_and_what_cannot_be_had_on_them_is_refused(mi
 def test_convolutions_that_a_model_reads_keep_what_it_reads(tmp_path, tiny_recipe):
     """MobileNetV2 pads by hand and asks each convolution for its stride, which peft's wrapper does not have."""
     import transformers
-    from conftest import tiny_tree
 
     tree = tiny_tree("image-classification", tmp_path)
     config = transformers.MobileNetV2Config(

@@ -105,29 +105,38 @@ def test_frozen_stays_bit_equal_buffers_included_and_all_that_trains_moves(cell,
     assert watch.still == []
 
 
-@pytest.mark.parametrize(("task", "method"), CELLS)
-def test_a_new_process_gives_the_same_outputs(cell, task, method):
-    run, _ = cell(task, method)
-    written = [json.loads(line) for line in (run.path / "predictions.jsonl").read_text().splitlines()]
-    program = f"""
-import json
-from tunewright.runs.prediction import open_run
-from tunewright.runs import checking
+REOPENED = """
+import json, sys
 from tunewright.rundir import RunDir
-run = RunDir.open({str(run.path)!r})
+from tunewright.runs import checking
 from tunewright.runs.evidence.gather import tuned_answers
-predictor = open_run(run.path)
-rows = checking.prepare(run.recipe()).data.test
-print(json.dumps([tuned_answers(predictor.task, predictor.model, predictor.loaded, rows, 32, None), predictor(rows)]))
+from tunewright.runs.prediction import open_run
+found = {}
+for method, path in json.loads(sys.stdin.read()).items():
+    run, predictor = RunDir.open(path), open_run(path)
+    rows = checking.prepare(run.recipe()).data.test
+    measured = tuned_answers(predictor.task, predictor.model, predictor.loaded, rows, 32, None)
+    found[method] = measured, predictor(rows)
+print(json.dumps(found))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
+
+
+@pytest.mark.parametrize("task", find.names("tasks"))
+def test_a_new_process_gives_the_same_outputs(cell, task):
+    """One process opens the runs of all methods; what it answers is what was measured when they ended."""
+    runs = {method: cell(task, method)[0] for name, method in CELLS if name == task}
+    given = json.dumps({method: str(run.path) for method, run in runs.items()})
+    words = [sys.executable, "-c", REOPENED]
+    done = subprocess.run(words, input=given, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
-    measured, asked = json.loads(done.stdout)
-    same_answers([line["tuned"] for line in written], measured, abs=1e-6)
-    shared = [(m, {k: v for k, v in a.items() if k in m}) for m, a in zip(measured, asked, strict=True)]
-    for known, unknown in shared:  # asked without the answer at hand, it says the same
-        if unknown:
-            same_answers([{k: known[k] for k in unknown}], [unknown], abs=1e-6)
+    found = json.loads(done.stdout)
+    assert found.keys() == runs.keys()
+    for method, (measured, asked) in found.items():
+        written = [json.loads(x) for x in (runs[method].path / "predictions.jsonl").read_text().splitlines()]
+        same_answers([line["tuned"] for line in written], measured, abs=1e-6)
+        for known, unknown in zip(measured, asked, strict=True):  # without the answer at hand it says the same
+            if unknown:
+                same_answers([{k: known[k] for k in unknown}], [unknown], abs=1e-6)
 
 
 class Pulled(Exception):

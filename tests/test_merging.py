@@ -477,12 +477,7 @@ def test_a_fold_that_is_wrong_in_one_weight_is_refused_and_leaves_nothing(cli, d
     found = json.loads(said)
     assert found["error"] == "VerificationError"
     assert found["figures"]["max_relative_difference"] > found["figures"]["tolerance"] == 1e-3
-    for part in (
-        "does not answer as the run does",
-        "largest logit difference",
-        "the top answer changed at",
-        "accuracy",
-    ):
+    for part in ("does not answer as the run does", "largest logit difference", "top answer changed at", "accuracy"):
         assert part in err
     assert list(tmp_path.iterdir()) == []
     assert cli("merge", run, run, "--out", tmp_path / "out")[0] == 1, "every run of several is proven too"

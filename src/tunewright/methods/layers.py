@@ -55,8 +55,8 @@ class Layers(Method):
     # rate of a block / rate of the one above; 0.385 is ULMFiT's 1/2.6. None: 0.8 where whole layers train, 1 (the same
     # rate for all, as published) with only, match or head_first
     layer_decay: float | None = None
-    # rate of a new head / rate of the top. None: 10, and 1 where the rate is a head's own (only: biases, norms) or the
-    # head was solved
+    # rate of a new head / rate of the top; None: 10, and 1 for a head that was solved. With only: biases too: 10 gained
+    # 9 to 17 points on 100 rows where 1 gained 5 to 8 (SST-2, MiniLM, 117 steps, 3 seeds)
     head_learning_rate_ratio: float | None = None
     unfreeze: float | None = None  # share of training by which everything has been unfrozen, from the top down
     # LP-FT: the head is solved before all train; where it cannot be, it is stepped alone for this share (true: 0.2)
@@ -108,7 +108,7 @@ class Layers(Method):
     def _ratio(self, *, solved: bool) -> float:
         if self.head_learning_rate_ratio is not None:
             return self.head_learning_rate_ratio
-        return 1.0 if solved or self.only in ("norms", "biases") else RATIO
+        return 1.0 if solved else RATIO
 
     def recommended(self) -> tuple[float, str]:
         if self.only in ("norms", "biases"):

@@ -11,19 +11,22 @@ nothing to do with dropout: that is `lora_dropout`. Knows Layout, never a model 
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
-from tunewright.contracts import Batch, Loaded, Method, Task
+from tunewright.contracts import Batch, Loaded, Loss, Method, Task
 from tunewright.errors import Fault, MethodError
-from tunewright.models import low_rank
-from tunewright.models.layout import expert_parameters, linear_names, speaks_words
+from tunewright.models import low_rank, masks, vocabulary
+from tunewright.models.layout import VALUES, linear_names, speaks_words, within
 from tunewright.models.surgery import train_in_float32
 
+QUERIES_AND_VALUES = ("query", "q_proj", "q_lin", "q", "wq", "query_proj", *VALUES)
 EVA_BATCHES = 32  # micro-batches whose inputs are looked at: the directions of a few hundred rows hardly change
 ALL = ("all-linear", "all")
 
@@ -58,13 +61,30 @@ class Lora(Method):
         if not self.loraplus_lr_ratio > 0:
             raise ValueError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}: more than 0")
         if self.use_dora and self.init_lora_weights in low_rank.FROM_WEIGHTS:
+            how = self.init_lora_weights
             raise ValueError(
-                f"use_dora with init_lora_weights: {self.init_lora_weights} cannot be saved as one adapter"
+                f"use_dora with init_lora_weights: {how}: what {how} takes off would miss from the lengths"
             )
 
+    def recommended(self) -> tuple[float, str]:
+        names = self.target_modules
+        if isinstance(names, tuple) and names and all(n.rpartition(".")[2] in QUERIES_AND_VALUES for n in names):
+            return 3e-3, "few matrices must go further: on TREC-6, 88 % right at 3e-3 against 84 % at 1e-3"
+        return self.learning_rate, self.learning_rate_reason
+
     def remarks(self) -> list[str]:
-        slow = "use_dora (weight-decomposed, no dropout) takes about 1.7 times the time of plain LoRA."
-        return [slow] if self.use_dora else []
+        said = {
+            "pissa": "Before the first step, pissa takes the singular value decomposition of every matrix.",
+            "olora": "Before the first step, olora takes the QR decomposition of every matrix.",
+            "eva": f"Before the first step, eva looks at the inputs of every matrix in up to {EVA_BATCHES} batches; "
+            "all keep the same rank.",
+        }
+        found = [said[self.init_lora_weights]] if self.init_lora_weights in said else []
+        if self.init_lora_weights in low_rank.FROM_WEIGHTS:
+            found.append(f"The adapter is saved as plain LoRA of rank {2 * self.r}, twice r, for the base as it is.")
+        if self.use_dora:
+            found.append("use_dora (weight-decomposed, no dropout) takes about 1.7 times the time of plain LoRA.")
+        return found
 
     @property
     def keeps_base(self) -> bool:
@@ -88,7 +108,8 @@ class Lora(Method):
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=how if how == "gaussian" else True,
-            trainable_token_indices=low_rank.new_tokens(model, loaded),
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's (in, out)
+            trainable_token_indices=vocabulary.new_rows(model, loaded) or None,
             # a head that is not named here stays random, untrained and unsaved, without a word (docs/facts.md)
             modules_to_save=list(own) or None,
         )
@@ -105,28 +126,42 @@ class Lora(Method):
 
     def _experts(self, model: nn.Module, loaded: Loaded) -> list[str]:
         """Fused weights of a mixture of experts, which are no linear layers and which all-linear does not reach."""
-        found = expert_parameters(model, loaded.layout.blocks)
-        if self.target_parameters is not None:
-            if lost := [t for t in self.target_parameters if not any(n == t or n.endswith(f".{t}") for n in found)]:
-                expected = "some of " + ", ".join(sorted({".".join(n.split(".")[-3:]) for n in found}) or ["none here"])
-                raise MethodError(Fault(f"{lost} match no fused weight", "method.target_parameters", "", expected))
-            return list(self.target_parameters)
-        chosen = found if self.target_modules in ALL else []
-        barred = "lora_dropout" if self.lora_dropout else "use_dora" if self.use_dora else ""
-        if chosen and barred:
+        fused = [n for names in masks.expert_modules(model).values() for n in names if model.get_parameter(n).ndim == 3]
+        if self.target_parameters is None:
+            chosen = fused if self.target_modules in ALL else []
+        else:
+            chosen = self._named_parameters(model, loaded, fused)
+        if not chosen:
+            return []
+        if barred := "lora_dropout" if self.lora_dropout else "use_dora" if self.use_dora else "":
             remedy = f"Leave {barred} out, or give target_parameters: [] to leave the experts frozen."
             problem = f"{barred} cannot be had on the fused weights of experts"
             raise MethodError(Fault(problem, where=f"method.{barred}", remedy=remedy))
-        if chosen:
-            kinds = sorted({n.rpartition(".")[2] for n in chosen})
-            loaded.notes.append(f"Experts are adapted too ({', '.join(kinds)}, {len(chosen)} fused weights).")
+        kinds = sorted({n.rpartition(".")[2] for n in chosen})
+        said = (
+            f"Experts are adapted too ({', '.join(kinds)}; {len(chosen)} fused weights, rank {self.r} for each expert)"
+        )
+        unlike = self.init_lora_weights in (*low_rank.FROM_WEIGHTS, "eva")
+        start = f"; {self.init_lora_weights} does not reach them: they begin as in plain LoRA" if unlike else ""
+        loaded.notes.append(f"{said}; what routes tokens to them stays frozen{start}.")
         return chosen
+
+    def _named_parameters(self, model: nn.Module, loaded: Loaded, fused: list[str]) -> list[str]:
+        """What `target_parameters` names: experts, or a router that is no linear layer."""
+        found = [n for n, p in model.named_parameters() if p.ndim in (2, 3) and within(n, loaded.layout.blocks)]
+        wanted = {t: [n for n in found if n == t or n.endswith(f".{t}")] for t in self.target_parameters or ()}
+        if lost := [t for t, names in wanted.items() if not names]:
+            expected = "some of " + ", ".join(sorted({".".join(n.split(".")[-3:]) for n in fused}) or ["none here"])
+            raise MethodError(Fault(f"{lost} match no fused weight", "method.target_parameters", "", expected))
+        return [n for names in wanted.values() for n in names]
 
     def _targets(self, model: nn.Module, head: tuple[str, ...]) -> list[str]:
         """Full names of the layers to adapt, shortened to last segments where those mean the same layers."""
         linear = linear_names(model, without=head)
         if isinstance(self.target_modules, str):
-            chosen = linear
+            # a router is a matrix that is no product of the network: moved, it would send tokens to other experts
+            routers = set(masks.matrices(model)) - set(masks.products(model))
+            chosen = [n for n in linear if f"{n}.weight" not in routers]
         else:
             chosen = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in self.target_modules)]
             segments = sorted({n.rpartition(".")[2] for n in linear})
@@ -149,11 +184,18 @@ class Lora(Method):
     # -------------------------------------------------------------------- training
     def start(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> str | None:
         if self.init_lora_weights == "eva":
-            places = low_rank.start_from_inputs(model, task, loaded, batches, EVA_BATCHES)
-            loaded.notes.append(
-                f"A begins as the main directions of the inputs of {places} layers (EVA, one rank for all)."
-            )
+            low_rank.start_from_inputs(model, self._passes(model, task, loaded, _sample(batches, EVA_BATCHES)))
         return None
+
+    def _passes(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> Iterator[Loss]:
+        """One forward pass after another, as the loop would make them."""
+        device = next(model.parameters()).device
+        rng = torch.Generator().manual_seed(0)
+        for batch in batches:
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            for step in task.prepare(model, lambda: self.reference(model, None), [moved], loaded, rng):
+                for micro in step:
+                    yield task.loss(model, micro, loaded)
 
     def groups(
         self, model: nn.Module, loaded: Loaded, learning_rate: float, weight_decay: float
@@ -198,3 +240,15 @@ class Lora(Method):
     def opening(self, loaded: Loaded) -> list[str]:
         lines = super().opening(loaded)
         return lines if not low_rank.lacks_attributes(loaded.model) else [*lines, *low_rank.LENDING]
+
+
+def _sample(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """So many batches, each as likely as any other: the first ones of a sorted file would show one class only."""
+    rng = random.Random(0)  # noqa: S311
+    kept: list[Batch] = []
+    for i, batch in enumerate(batches):
+        if i < count:
+            kept.append(batch)
+        elif (place := rng.randrange(i + 1)) < count:  # reservoir sampling: how many there are is not known before
+            kept[place] = batch
+    return kept

@@ -15,7 +15,6 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tunewright.contracts import Batch, Loaded, Task
+from tunewright.contracts import Loaded
 from tunewright.models import quantize
 
 NAME = "default"  # the adapter's name in peft
 FROM_WEIGHTS = ("pissa", "olora")
+LEAST_KEPT = 32  # directions of the inputs carried from batch to batch: more than are asked for, so that none is lost
 # What a model may read off a convolution besides calling it (MobileNet pads by hand); peft's wrapper has none of them.
 ATTRIBUTES = ("stride", "kernel_size", "dilation")
 LENDING = [
@@ -66,32 +66,56 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 # ---------------------------------------------------------------- starts from weights
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """The wrapped layers that are one matrix: no convolution, no expert."""
+    experts = _wrapper_of_parameters()
+    return {
+        name: layer
+        for name, layer in lora_layers(model)
+        if not isinstance(layer, experts) and not isinstance(layer.base_layer, nn.modules.conv._ConvNd)
+    }
+
+
+def _wrapper_of_parameters() -> type:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return ParamWrapper
+
+
 def start_from_weights(model: nn.Module, how: str) -> None:
-    """A and B of every linear layer begin as a part of its weight; (A0, B0), the same, is taken off beside them."""
-    for _, layer in lora_layers(model):
-        weight = getattr(layer.base_layer, "weight", None)
-        if weight is None or weight.ndim != 2:
-            continue  # convolutions and experts begin as usual, at nothing
-        few = type(layer.base_layer).__name__ in quantize.KINDS
-        matrix = (quantize.matrix(layer.base_layer) if few else weight).detach().float()
-        if type(layer.base_layer).__name__ == "Conv1D":
-            matrix = matrix.T
-        a, b = _parts(matrix, layer.r[NAME], layer.scaling[NAME], how)
-        layer.lora_A[NAME].weight.data.copy_(a)
-        layer.lora_B[NAME].weight.data.copy_(b)
-        layer.register_buffer("start_A", a.clone(), persistent=False)
-        layer.register_buffer("start_B", b.clone(), persistent=False)
+    """A and B of every linear layer begin as a part of its weight; (A0, B0), the same, is taken off beside them.
+
+    Convolutions and experts begin as usual, at nothing.
+    """
+    for layer in linear_layers(model).values():
+        a, b = _parts(_matrix(layer.base_layer), layer.r[NAME], layer.scaling[NAME], how)
+        rank = len(a)  # of a matrix with fewer rows than r it is lower; what is left over begins as usual
+        layer.lora_A[NAME].weight.data[:rank] = a
+        layer.lora_B[NAME].weight.data[:, :rank] = b
+        layer.register_buffer("start_A", layer.lora_A[NAME].weight.detach().clone(), persistent=False)
+        layer.register_buffer("start_B", layer.lora_B[NAME].weight.detach().clone(), persistent=False)
         layer.register_forward_hook(_take_off)
 
 
+def _matrix(layer: Any) -> Tensor:
+    """(out, in) float32, whatever the layer stores."""
+    if type(layer).__name__ in quantize.KINDS:
+        return quantize.matrix(layer)
+    weight = layer.weight.detach().float()
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
 def _parts(matrix: Tensor, r: int, scale: float, how: str) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with scale B A = the top of the singular values, or a part of the QR decomposition."""
+    """A (r, in) and B (out, r). pissa: scale B A = the top r of the singular values; olora: B A = the first r of QR.
+
+    Fewer than r where the matrix has not as many rows or columns.
+    """
     if how == "olora":
         q, upper = torch.linalg.qr(matrix)
-        return upper[:r].contiguous(), q[:, :r].contiguous()
+        return upper[:r], q[:, :r]
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     root = (s[:r] / scale).sqrt()
-    return (root.unsqueeze(1) * v[:r]).contiguous(), (u[:, :r] * root).contiguous()
+    return root.unsqueeze(1) * v[:r], u[:, :r] * root
 
 
 def _take_off(layer: Any, given: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -109,42 +133,53 @@ def starts(model: nn.Module) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------- a start from inputs
-def start_from_inputs(model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch], most: int) -> int:
-    """A of every linear layer becomes the top r directions of what flows into it (EVA: Paischer et al. 2024, arXiv
-    2410.07170, without moving ranks between layers). Returns how many layers."""
-    sums: dict[str, Tensor] = {}
+def start_from_inputs(model: nn.Module, passes: Iterable[object]) -> None:
+    """A of every linear layer becomes the top r right singular vectors of what flows into it while `passes` run.
 
-    def add(name: str) -> Any:
+    EVA: Paischer et al. 2024, arXiv 2410.07170, without moving ranks between layers. Padding is left out. The inputs
+    themselves are never kept: after each batch a layer has `kept` rows, S V^T, with the same main directions.
+    """
+    layers = linear_layers(model)
+    found: dict[str, Tensor] = {}
+    masks: list[Tensor | None] = [None]
+
+    def called(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        masks[0] = named.get("attention_mask")
+
+    def looker(name: str) -> Any:
         def hook(layer: Any, given: tuple[Any, ...]) -> None:
-            x = given[0].detach().flatten(0, -2).double()
-            sums[name] = sums.get(name, 0) + x.T @ x
+            if layer.disable_adapters:
+                return
+            rows = _tokens(given[0].detach().float(), masks[0])
+            rows = torch.cat([found[name], rows]) if name in found else rows
+            kept = min(max(4 * layer.r[NAME], LEAST_KEPT), *rows.shape)
+            _, s, v = torch.svd_lowrank(rows, kept)
+            found[name] = s.unsqueeze(1) * v.T
 
         return hook
 
-    layers = {n: m for n, m in lora_layers(model) if getattr(m.base_layer, "weight", torch.empty(0)).ndim == 2}
-    handles = [layer.register_forward_pre_hook(add(name)) for name, layer in layers.items()]
-    model.eval()
+    handles = [model.register_forward_pre_hook(called, with_kwargs=True)]
+    handles += [layer.register_forward_pre_hook(looker(name)) for name, layer in layers.items()]
+    model.eval()  # dropout would be noise in what is looked at
     try:
-        with torch.no_grad():
-            for batch in islice(batches, most):
-                task.loss(model, batch, loaded)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for _ in passes:
+                pass
     finally:
         for handle in handles:
             handle.remove()
-    for name, products in sums.items():
-        _, vectors = torch.linalg.eigh(products)  # ascending
+    for name, rows in found.items():
         weight = layers[name].lora_A[NAME].weight
-        weight.data.copy_(vectors.flip(1).T[: weight.shape[0]].to(weight))
-    return len(sums)
+        main = nn.functional.normalize(rows[: len(weight)])
+        weight.data[: len(main)] = main  # fewer where fewer rows were seen
 
 
-# ------------------------------------------------------------------------- new tokens
-def new_tokens(model: nn.Module, loaded: Loaded) -> dict[str, list[int]] | None:
-    """The rows that were added to the embedding because the tokenizer knows more words than the base."""
-    ids = loaded.helpers.get("new_tokens")
-    if not ids or loaded.layout.embedding is None:
-        return None
-    return {loaded.layout.embedding: list(ids)}
+def _tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """(N, D) of (..., D), without padding. mask: (B, T), or another shape that says nothing about these inputs."""
+    if mask is not None and inputs.ndim == 3 and mask.shape == inputs.shape[:2]:
+        return inputs[mask.bool()]
+    return inputs.flatten(0, -2)
 
 
 # ---------------------------------------------------------------------------- keeping
@@ -160,7 +195,6 @@ def folded(model: nn.Module) -> nn.Module:
             change = layer.scaling[NAME] * layer.start_B @ layer.start_A
             flip = type(layer.base_layer).__name__ == "Conv1D"
             layer.base_layer.weight.data -= change.T if flip else change
-            layer._forward_hooks.clear()
     return plain.merge_and_unload(safe_merge=True)  # type: ignore[operator]
 
 

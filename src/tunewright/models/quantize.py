@@ -7,6 +7,7 @@ beside them. Embeddings, norms and heads keep their precision. Knows bitsandbyte
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ BITS = {"nf4": "4.13", "int8": "8"}  # a weight, constants included: blocks of 6
 
 # bitsandbytes complains of kernels that it could fetch from the hub, whenever peft imports it; we never fetch code
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# at every product: that int8 rounds its inputs by way of float16, which its note says once
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def settings(kind: str, keep: Sequence[str], device: str) -> Any:
@@ -40,8 +43,12 @@ def settings(kind: str, keep: Sequence[str], device: str) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(keep))
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=list(keep),
-        bnb_4bit_compute_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16 if device == "cuda" and _has_bf16() else torch.float32,
     )  # fmt: skip
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def loading_lines(kind: str, keep: Sequence[str]) -> list[str]:
@@ -56,11 +63,14 @@ def loading_lines(kind: str, keep: Sequence[str]) -> list[str]:
     return ["from transformers import BitsAndBytesConfig", f"few = {made}"]
 
 
-# After the base is loaded: without these a CPU with bf16 units repacks the weights and rounds otherwise.
+# After the base is loaded: without these a CPU with bf16 units repacks 4 bits and rounds otherwise (or fails, where a
+# width is no multiple of 32), and int8 rounds what flows in.
 SETTLING_LINES = [
     "for layer in base.modules():",
     '    if hasattr(layer, "support_avx512bf16_for_cpu"):',
     "        layer.support_avx512bf16_for_cpu = False",
+    '    if type(layer).__name__ == "Linear8bitLt":  # in training mode int8 rounds weights alone, and no inputs',
+    '        layer.register_forward_pre_hook(lambda layer, given: setattr(layer, "training", True))',
 ]
 
 
@@ -90,13 +100,30 @@ def settle(model: nn.Module, kind: str, where: str) -> str:
         )
         raise ModelError(Fault(f"no layer of this model can be stored as {kind}", where=where, remedy=remedy))
     for layer in layers:
-        # it would repack the weights at the first call without gradients, and round otherwise from then on
+        # it would repack the weights at the first call without gradients, round otherwise from then on (.01 in logits)
+        # and lose the gradient of its input: validation between two steps would end the training
         layer.support_avx512bf16_for_cpu = False
+        if kind == "int8":
+            layer.register_forward_pre_hook(_round_weights_alone)
+            layer.register_forward_hook(_stand_frozen)
     count = sum(weights_of(layer.weight) for layer in layers)
+    inputs = " On this GPU products round their inputs to 8 bits too." * (kind == "int8" and torch.cuda.is_available())
     return (
         f"{len(layers)} matrices with {count:,} weights are stored as {kind}, about {BITS[kind]} bits each; "
-        "embeddings, norms and the head keep their precision."
+        f"embeddings, norms and the head keep their precision.{inputs}"
     )
+
+
+def _round_weights_alone(layer: nn.Linear, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """On a CPU int8 multiplies exactly in training mode. In eval mode it rounds its inputs to 8 bits too, and treats
+    columns with values above 6 apart: an answer would depend on the other rows of its batch."""
+    layer.training = True
+    # for inputs of another dtype, as under autocast, it would round its own bias for good
+    return given if layer.bias is None else (given[0].to(layer.bias.dtype), *given[1:])
+
+
+def _stand_frozen(layer: nn.Module, given: Any, output: torch.Tensor) -> None:
+    layer.training = False
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -110,53 +137,53 @@ def weights_of(parameter: nn.Parameter) -> int:
 
 
 def matrix(layer: Any) -> torch.Tensor:
-    """The weight of a quantised layer, (out, in) float32."""
+    """The weight of a linear layer, quantised or not, Conv1D too: (out, in) float32."""
+    if type(layer).__name__ not in KINDS:
+        weight = layer.weight.detach().float()
+        return weight.T if type(layer).__name__ == "Conv1D" else weight
     from peft.utils.integrations import dequantize_bnb_weight
 
     return dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None)).float()
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """A copy on the weights that the few bits stand for, in float32; a LoRA product on one of them is folded in.
+    """A copy on the weights that the few bits stand for, in float32; what peft put around them stays around them.
 
-    Folding into few bits instead would round the change away: differences of .3 to .4 in logits were seen
-    (docs/facts.md).
+    Folding goes onto this copy. Into few bits it would round the change away: .3 to .4 in logits (docs/facts.md).
     """
     plain = copy.deepcopy(model)
-    for name, module in list(plain.named_modules()):
-        inner = getattr(module, "base_layer", module)
-        if type(inner).__name__ in KINDS and not name.endswith(".base_layer"):
-            place, _, last = name.rpartition(".")
-            setattr(plain.get_submodule(place) if place else plain, last, _whole(module, inner))
+    for name, layer in list(plain.named_modules()):
+        if type(layer).__name__ in KINDS and not hasattr(layer, "base_layer"):
+            plain.set_submodule(name, _whole(layer))
+    for layer in plain.modules():
+        if type(layer).__module__.startswith("peft.tuners.") and type(layer).__name__ in KINDS:
+            _wrap_plainly(layer)
+        for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
+            layer.__dict__.pop(mark, None)
     config = getattr(plain, "config", None)
     if config is not None and hasattr(config, "quantization_config"):
         del config.quantization_config
-    for holder in plain.modules():
-        for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method"):
-            holder.__dict__.pop(mark, None)
     return plain
 
 
-def _whole(module: Any, inner: Any) -> nn.Linear:
-    """An ordinary layer with the weights of a quantised one, and with what LoRA adds to them."""
-    weight = matrix(inner)
-    for name in getattr(module, "active_adapters", ()):
-        if name in module.lora_A:
-            weight = _with_product(module, name, weight)
-    whole = nn.Linear(weight.shape[1], weight.shape[0], bias=inner.bias is not None, device=weight.device)
-    whole.weight.data = weight.contiguous()
-    if inner.bias is not None:
-        whole.bias.data = inner.bias.data.float()
-    return whole.requires_grad_(False)
+def _whole(layer: Any) -> nn.Module:
+    """The layer of the checkpoint's own kind, linear or Conv1D, with the weights of a quantised one."""
+    weight = matrix(layer)
+    (num_out, num_in), source = weight.shape, getattr(layer, "source_cls", nn.Linear)
+    if source.__name__ == "Conv1D":  # GPT-2's: as a linear layer it would be saved transposed
+        whole, weight = source(num_out, num_in), weight.T
+        whole.bias = None if layer.bias is None else whole.bias
+    else:
+        whole = nn.Linear(num_in, num_out, bias=layer.bias is not None)
+    whole.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if layer.bias is not None:
+        whole.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    return whole
 
 
-def _with_product(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """W + s B A; with a magnitude m (DoRA) its rows have length m; a start (A0, B0) is taken off."""
-    scale = module.scaling[name]
-    changed = weight + scale * module.lora_B[name].weight.float() @ module.lora_A[name].weight.float()
-    if hasattr(module, "start_A"):
-        changed = changed - scale * module.start_B.float() @ module.start_A.float()
-    if name in getattr(module, "lora_magnitude_vector", {}):
-        length = module.lora_magnitude_vector[name].weight.float().reshape(-1, 1)
-        changed = changed * length / changed.norm(dim=1, keepdim=True)
-    return changed.detach()
+def _wrap_plainly(wrapper: Any) -> None:
+    """peft's layer around a quantised one becomes its layer around a plain one: `bnb.py` keeps the former, `layer.py`
+    beside it the latter, and both hold the same parts."""
+    sibling = importlib.import_module(type(wrapper).__module__.replace(".bnb", ".layer"))
+    wrapper.__class__ = sibling.Linear
+    wrapper.fan_in_fan_out = wrapper.is_target_conv_1d_layer = type(wrapper.base_layer).__name__ == "Conv1D"

@@ -101,3 +101,18 @@ MAKERS: dict[str, Callable[..., Path]] = {
     "AutoModelForImageClassification": image_encoder,
     "AutoModelForCausalLM": causal_lm,
 }
+
+
+def mixture(folder: Path, **config: Any) -> Path:
+    """A two-layer Mixtral of four experts, of which two answer each token, with the tokenizer of `causal_lm`."""
+    import transformers
+
+    causal_lm(folder)
+    base = transformers.AutoConfig.from_pretrained(folder)
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+              "initializer_range", "tie_word_embeddings")  # fmt: skip
+    settings = {key: getattr(base, key) for key in shared} | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**(settings | config))).save_pretrained(folder)
+    return folder

@@ -60,7 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
             faults += error.faults
     if method is not None and recipe.export.merged and not method.folds:
         problem = f"{recipe.method.name} cannot be folded into the weights"
-        faults.append(Fault(problem, where="export.merged", remedy="Leave it out, or take lora, bottleneck or full."))
+        faults.append(Fault(problem, where="export.merged", remedy="Leave it out, or take lora, ia3 or full."))
     if method is not None and recipe.model.quantize and method.standalone:
         problem = f"{recipe.method.name} writes a whole model, which a base in few bits cannot become"
         faults.append(Fault(problem, where="model.quantize", remedy="Leave it out, or take lora, ia3 or bottleneck."))
@@ -243,7 +243,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
     example = steps.examples[0]
     facts = {key: value for key, value in prepared.data.facts.items() if key != "split"}
     model = prepared.method.apply(loaded.model, loaded)
-    trainable, total = count_parameters(model)
+    kept = set(prepared.method.state(model))  # also what trains only later
+    trainable = sum(p.numel() for name, p in model.named_parameters() if name in kept)
+    total = count_parameters(model)[1]
     return {
         "ok": True,
         "digest": recipe.digest(),

@@ -152,7 +152,7 @@ def told(figures: Figures) -> str:
         logits += f", {figures['tolerance']:g} allowed)" if "tolerance" in figures else ")"
     kind = "rows" if figures["answers"] == figures["rows"] else "tokens"
     changed = f"the top answer changed at {figures['changed_top1']} of {figures['answers']} {kind}"
-    text = f"On {figures['rows']} held-out rows: {logits}; {changed}"
+    text = f"On {figures['rows']} held-out row{'s' * (figures['rows'] != 1)}: {logits}; {changed}"
     if "difference" not in score:
         return text + "."
     return (

@@ -151,18 +151,20 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
         options = {"task": dataclasses.asdict(prepared.task), "method": dataclasses.asdict(method)}
         run.write_text("recipe.yaml", recipe.text(own_rate, options))
 
-    began = time.perf_counter()
-    watchers = [
-        watching.Log(run, recipe.train.logging_steps, say),
-        watching.Suspicion(say),
-        watching.Progress(quiet),
-        *callbacks,
-    ]
+    began, known = time.perf_counter(), len(loaded.notes)
+    log = watching.Log(run, recipe.train.logging_steps, say)
+    watchers = [log, watching.Suspicion(say), watching.Progress(quiet), *callbacks]
     watchers = watchers if is_first() else []
     state, model = fit(
         task, method, loaded, steps, recipe.train, run, digest=recipe.digest(), workplace=place,
         evaluate=_validation(task, loaded, prepared), callbacks=watchers, seed=recipe.seed, say=say,
     )  # fmt: skip
+    if later := loaded.notes[known:]:  # what the method chose when it saw the rows
+        for sentence in later:
+            say(sentence)
+        if is_first():
+            facts = run.read_json("data.json")
+            run.write_json("data.json", facts | {"settings": [*facts["settings"], *later]})
     if state.stop:
         say(state.stop)
     seconds = state.seconds or time.perf_counter() - began

@@ -21,7 +21,7 @@ from tunewright.data.batches import Examples
 from tunewright.engine.evaluate import predict_rows
 from tunewright.errors import UserError
 from tunewright.models.layout import max_positions
-from tunewright.runs.prediction import Predictor, open_run, single_record
+from tunewright.runs.prediction import Predictor, is_whole, open_run, single_record
 
 NEW_TOKENS = 256  # a paragraph or two; more costs time and rarely says more
 Write = Callable[[str], object]
@@ -52,7 +52,7 @@ def chat(
     """
     predictor = open_run(run, base)
     speakers = [Speaker("tuned", lambda: contextlib.nullcontext(predictor.model), predictor.loaded)]
-    if side_by_side and (other := _base_of(predictor, base, say)):
+    if side_by_side and (other := _base_of(predictor, is_whole(run / "model"), base, say)):
         speakers.insert(0, other)
     say(_greeting(predictor))
     for line in lines:
@@ -85,12 +85,12 @@ def _greeting(predictor: Predictor) -> str:
     return f"One line each: {kind}. Every line stands alone. An empty line ends."
 
 
-def _base_of(predictor: Predictor, place: str | None, say: Write) -> Speaker | None:
+def _base_of(predictor: Predictor, whole: bool, place: str | None, say: Write) -> Speaker | None:
     """The base: the tuned model with its additions off, or loaded beside it; None where it has no answer of its own."""
     recipe = predictor.recipe
     method: Method = find.build("methods", recipe.method.name, recipe.method.options, Method)  # type: ignore[type-abstract]
     loaded = predictor.loaded
-    if method.standalone or not method.keeps_base:
+    if whole or not method.keeps_base:
         from dataclasses import replace
 
         spec = replace(recipe.model, checkpoint=place) if place else recipe.model
@@ -98,7 +98,7 @@ def _base_of(predictor: Predictor, place: str | None, say: Write) -> Speaker | N
     if loaded.fresh:
         say(f"The base has no {', '.join(loaded.fresh)} of its own, so it has no answer to show; tuned alone answers.")
         return None
-    if method.keeps_base and not method.standalone:
+    if method.keeps_base and not whole:
         return Speaker("base", lambda: method.reference(predictor.model, None), loaded)
     device = next(predictor.model.parameters()).device
     beside = loaded.model.to(device).eval()
