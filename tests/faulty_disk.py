@@ -82,9 +82,9 @@ class Disk:
             patch.setattr(checkpoint, "save_file", self._save_file)
             yield self
 
-    def _open(self, path: Any, mode: str = "r", *args: Any, encoding: str | None = None, **kwargs: Any) -> Any:
+    def _open(self, path: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, *rest: Any) -> Any:
         if mode[0] not in "wa" or not str(path).startswith(self.root):
-            return open(path, mode, *args, encoding=encoding, **kwargs)
+            return open(path, mode, buffering, encoding, *rest)
         self.operation("open", path)
         writer = io.BufferedWriter(_File(self, path, mode[0]))
         return writer if "b" in mode else io.TextIOWrapper(writer, encoding=encoding)
@@ -126,10 +126,8 @@ class Disk:
         lives: for each folder, by its last name, whether its names reached the disk although nobody asked; otherwise it
         has the names that it had when it was synced last.
         """
-        paths = {os.stat(f).st_ino: f for f, _, _ in os.walk(self.root)}
-        paths |= {
-            os.stat(p).st_ino: p for f, _, names in os.walk(self.root) for p in (os.path.join(f, n) for n in names)
-        }
+        places = [self.root, *(os.path.join(f, n) for f, kinds, names in os.walk(self.root) for n in kinds + names)]
+        paths = {os.stat(place).st_ino: place for place in places}
         found: list[tuple[str, bytes | None]] = []
 
         def visit(number: int, place: str, name: str, is_folder: bool) -> None:

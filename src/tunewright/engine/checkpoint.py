@@ -82,20 +82,21 @@ def verify(path: Path, digests: Collection[str]) -> str | None:
     """None if whole and of one of these recipes; otherwise what is wrong, naming the file."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
-        files, recipe = manifest["files"], manifest["recipe"]
+        files = {name: (facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()}
+        recipe = manifest["recipe"]
         if (manifest["format"], manifest["step"]) != (FORMAT, int(path.name)):
             return f"MANIFEST.json is of format {manifest['format']} and step {manifest['step']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "MANIFEST.json is missing or cannot be read"
     if recipe not in digests:
         return f"it belongs to another recipe ({recipe})"
-    for name, facts in files.items():
+    for name, (size, sha256) in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts["size"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {facts['size']}"
-        if _digest(file) != facts["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _digest(file) != sha256:
             return f"{name} was changed (SHA-256 differs)"
     return None
 

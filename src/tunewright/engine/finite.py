@@ -45,8 +45,8 @@ def first_not_finite(
     none, rows of the micro-batch it came with, all rows of the step)."""
     everything = [row for batch in micro_batches for row in batch.get("row", [])]
     for batch in micro_batches:
-        if module := _watch(task, model, loaded, batch):
-            return f"module {module}", list(batch.get("row", [])), everything
+        if found := _watch(task, model, loaded, batch):
+            return found, list(batch.get("row", [])), everything
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return f"the gradient of {name}", [], everything
@@ -54,7 +54,7 @@ def first_not_finite(
 
 
 def _watch(task: Task, model: nn.Module, loaded: Loaded, batch: Batch) -> str:
-    """The first module in order of computation that gives a number which is not finite; "loss" where only that does."""
+    """The first module in order of computation that gives a number which is not finite; the loss if only that does."""
     found: list[str] = []
 
     def look(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -73,5 +73,5 @@ def _watch(task: Task, model: nn.Module, loaded: Loaded, batch: Batch) -> str:
         for handle in handles:
             handle.remove()
     if found:
-        return found[0]
-    return "" if all(torch.isfinite(value).all() for value in loss.totals.values()) else "loss"
+        return f"module {found[0]}"
+    return "" if all(torch.isfinite(value).all() for value in loss.totals.values()) else "the loss"

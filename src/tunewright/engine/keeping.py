@@ -72,16 +72,19 @@ class Keeper:
         gathered(None)
 
     def _written(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-        if state == self._stands:
-            return True
+        best_step = state.best_step if self._train.early_stopping_patience else None
+        if state != self._stands and not self._saved(state, model, optimizer, is_best=state.step == best_step):
+            return False
+        checkpoint.rotate(self._run, self._train.save_total_limit, best_step)
+        return True
+
+    def _saved(self, state: State, model: nn.Module, optimizer: torch.optim.Optimizer, is_best: bool) -> bool:
         tensors = self._method.state(model)
         if self._train.train_batch_norm:
             tensors |= dict(model.named_buffers())
         _refuse_non_finite(tensors, state)
         parts = {"model": tensors, "optimizer": optimizers.state_by_name(optimizer)}
         now = Snapshot(replace(state), parts, [g["initial_lr"] for g in optimizer.param_groups])
-        best_step = state.best_step if self._train.early_stopping_patience else None
-        is_best = state.step == best_step
         if self._best and not is_best and not self._fits(self._best):
             return False
         self._best = None
@@ -90,7 +93,6 @@ class Keeper:
             return False
         if self.owed:
             self._say(f"There is room again: checkpoint {state.step} is written.")
-        checkpoint.rotate(self._run, self._train.save_total_limit, best_step)
         return True
 
     def _fits(self, snapshot: Snapshot) -> bool:
