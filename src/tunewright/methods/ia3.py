@@ -28,7 +28,9 @@ from tunewright.models.places import down_projections, keys_and_values, own_head
 @dataclass(frozen=True)
 class Ia3(Method):
     learning_rate: ClassVar[float] = 1e-2
-    learning_rate_reason: ClassVar[str] = "few numbers must move far: 1e-2, between the paper's 3e-3 and what prefixes stand"
+    learning_rate_reason: ClassVar[str] = (
+        "few numbers must move far: 1e-2, between the paper's 3e-3 and what prefixes stand"
+    )
     standalone: ClassVar[bool] = False
 
     @property

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from tunewright.contracts import Loaded
 from tunewright.errors import Fault, ModelError, nearest
-from tunewright.models import quantize
+from tunewright.models import quantize, vocabulary
 from tunewright.models.layout import layout_of, within
 from tunewright.recipe import ModelSpec
 
@@ -237,6 +237,7 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
         notes.append(quantize.settle(model, spec.quantize, where))
     origin = {"checkpoint": spec.checkpoint, "revision": spec.revision or "", "sha256": weights_digest(folder)}
     loaded = Loaded(model, processor, layout, fresh=fresh, origin=origin, notes=notes)
+    vocabulary.grow(loaded)
     if spec.quantize:
         loaded.helpers["loading"] = quantize.loading_lines(spec.quantize, whole), quantize.SETTLING_LINES
     return loaded

@@ -377,6 +377,7 @@ def _usage(run: RunDir, task: Task, method: Method, loaded: Loaded, recipe: Reci
             f'base = {auto}.from_pretrained("{origin["checkpoint"]}"{revision}, config=config, '
             f"ignore_mismatched_sizes=True{', quantization_config=few' if before else ''})",
             *after,
+            *loaded.helpers.get("growing", ()),
             *method.opening(loaded),
             f'processor = {processor}.from_pretrained("model")',
         ]
