@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py run text --shared ../shared --out runs/methods --jobs 2
     python benchmarks/methods.py run images --shared ../shared --out runs/methods --jobs 2
-    python benchmarks/methods.py table --out runs/methods
+    python benchmarks/methods.py table
 
 Each cell (method, rows, seed) is one `tunewright train` in a process of its own with one thread, so that its processor
 time and its peak memory are its own; a second start leaves out what is done. The training rows of a seed are the same
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 SEEDS = (0, 1, 2)
+RESULTS = Path(__file__).with_suffix(".jsonl")  # one line a cell, with right and wrong of every held-out row
 RESAMPLES = 10_000
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TRAIN = ["train.per_device_train_batch_size=16", "train.save_steps=100000", "train.warmup_steps=0.06"]
@@ -145,10 +146,10 @@ def smaller(base: Path, folder: Path, pixels: int) -> Path:
 
 # ---------------------------------------------------------------------- running
 def run(kind: str, shared: Path, out: Path, jobs: int, only: list[str], seeds: list[int], rows: list[int]) -> None:
-    """All cells that are not in results.jsonl yet, `jobs` at a time."""
+    """All cells that are not in methods.jsonl yet, `jobs` at a time."""
     out.mkdir(parents=True, exist_ok=True)
     setting = {"text": text_setting, "images": image_setting}[kind](shared.resolve(), out.resolve())
-    results = out / "results.jsonl"
+    results = RESULTS
     done = {(r["kind"], r["method"], r["rows"], r["seed"]) for r in read(results)}
     cells = [
         (name, n, seed)
@@ -212,9 +213,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 # ----------------------------------------------------------------------- table
-def table(out: Path) -> str:
+def table() -> str:
     """Markdown, one table for each base."""
-    results = read(out / "results.jsonl")
+    results = read(RESULTS)
     parts = []
     for kind in dict.fromkeys(r["kind"] for r in results):
         own = [r for r in results if r["kind"] == kind]
@@ -288,7 +289,7 @@ def main() -> None:
     if options.what == "run":
         run(options.kind, options.shared, options.out, options.jobs, options.only, options.seeds, options.rows)
     else:
-        print(table(options.out))
+        print(table())
 
 
 if __name__ == "__main__":

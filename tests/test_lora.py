@@ -218,6 +218,18 @@ def test_few_matrices_are_recommended_a_higher_rate():
     assert build(target_modules=["q_proj", "down_proj"]).recommended()[0] == 1e-3
 
 
+def test_loraplus_is_recommended_rates_of_a_and_b_around_that_of_lora():
+    rate, why = build(loraplus_lr_ratio=16.0).recommended()
+    assert (rate, rate * 16) == (1e-3 / 4, 1e-3 * 4)
+    assert why == "of A; B has 16 times it, around 0.001"
+
+
+@pytest.mark.parametrize(("r", "scale"), [(8, 6 / 8**0.5), (32, 6 / 32**0.5)])
+def test_rslora_has_the_scale_of_lora_at_rank_eight_and_falls_with_the_root(tiny_recipe, r, scale):
+    _, _, _, model = adapted(tiny_recipe, r=r, use_rslora=True)
+    assert query(model).scaling["default"] == pytest.approx(scale)
+
+
 def build(**options) -> Method:
     return find.build("methods", "lora", options, Method)
 
@@ -254,7 +266,7 @@ def test_loraplus_gives_b_its_own_rate(tiny_recipe):
         if name in before and before[name][1].abs().max() > 1e-6:
             old, gradient = before[name]
             place = gradient.abs().argmax()
-            rates[name] = float(((old - parameter).flatten() / gradient.flatten())[place])
+            rates[name] = float(((old - parameter.detach()).flatten() / gradient.flatten())[place])
     assert {round(rate / 1e-3) for name, rate in rates.items() if ".lora_B." in name} == {16}
     assert {round(rate / 1e-3) for name, rate in rates.items() if ".lora_B." not in name} == {1}
     assert len(rates) > 10

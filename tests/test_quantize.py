@@ -243,7 +243,7 @@ def llama(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("method", ["lora"])
+@pytest.mark.parametrize("method", ["lora", "ia3"])
 @pytest.mark.parametrize("base", ["gpt2", "llama"])
 def test_a_merged_model_is_saved_the_way_round_its_class_reads_it(request, tmp_path, base, method, kind):
     import transformers

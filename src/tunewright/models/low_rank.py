@@ -153,7 +153,8 @@ def start_from_inputs(model: nn.Module, passes: Iterable[object]) -> None:
             rows = _tokens(given[0].detach().float(), masks[0])
             rows = torch.cat([found[name], rows]) if name in found else rows
             kept = min(max(4 * layer.r[NAME], LEAST_KEPT), *rows.shape)
-            _, s, v = torch.svd_lowrank(rows, kept)
+            with _one_thread():
+                _, s, v = torch.svd_lowrank(rows, kept)
             found[name] = s.unsqueeze(1) * v.T
 
         return hook
@@ -173,6 +174,17 @@ def start_from_inputs(model: nn.Module, passes: Iterable[object]) -> None:
         weight = layers[name].lora_A[NAME].weight
         main = nn.functional.normalize(rows[: len(weight)])
         weight.data[: len(main)] = main  # fewer where fewer rows were seen
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For decompositions of small matrices: on a busy machine threads wait for one another, a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:

@@ -28,25 +28,31 @@ def grow(loaded: Loaded) -> None:
     """
     if loaded.layout.embedding is None or not hasattr(loaded.processor, "get_vocab"):
         return
-    words = {index: word for word, index in loaded.processor.get_vocab().items()}
-    model: Any = loaded.model
-    rows, needed = model.get_input_embeddings().num_embeddings, max(words) + 1
-    if needed <= rows:
+    new = resize(loaded.model, loaded.processor)
+    if not new:
         return
+    loaded.helpers["new_tokens"] = list(new)
+    loaded.helpers["growing"] = _lines(new.stop)
+    words = {index: word for word, index in loaded.processor.get_vocab().items()}
+    named = ", ".join(repr(words[i]) for i in new[:NAMED] if i in words)
+    loaded.notes.append(
+        f"The tokenizer knows {len(new)} tokens beyond the {new.start} rows of the base ({named}"
+        f"{' ...' if len(new) > NAMED else ''}): they begin as the mean of all others."
+    )
+
+
+def resize(model: Any, tokenizer: Any) -> range:
+    """The same for any model by itself; the ids of the rows that were added, an empty range where none were."""
+    rows, needed = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if needed <= rows:
+        return range(rows, rows)
     model.resize_token_embeddings(needed, mean_resizing=False)  # the mean that it offers is drawn at random
     with torch.no_grad():
         for table in _tables(model):
             table.weight[rows:] = table.weight[:rows].mean(0)
             if getattr(table, "bias", None) is not None:
                 table.bias[rows:] = table.bias[:rows].mean()
-    loaded.helpers["new_tokens"] = list(range(rows, needed))
-    loaded.helpers["growing"] = _lines(needed)
-    named = ", ".join(repr(words[i]) for i in range(rows, min(needed, rows + NAMED)) if i in words)
-    more = " ..." if needed > rows + NAMED else ""
-    loaded.notes.append(
-        f"The tokenizer knows {needed - rows} tokens beyond the {rows} rows of the base ({named}{more}): they begin as "
-        "the mean of all others."
-    )
+    return range(rows, needed)
 
 
 def _tables(model: Any) -> list[Any]:

@@ -269,6 +269,11 @@ def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loa
     run.write_json("usage.json", _usage(run, task, method, loaded, recipe))
 
 
+def _library(folder: Path) -> str:
+    """Who reads an adapter: peft, or nobody but the lines of the card."""
+    return "peft" if (folder / "adapter_config.json").is_file() else "pytorch"
+
+
 def _forget_bits(config: Path) -> None:
     """An adapter's config.json describes the base as it is stored: few bits are a way of loading it."""
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -384,7 +389,7 @@ def _usage(run: RunDir, task: Task, method: Method, loaded: Loaded, recipe: Reci
     return {
         "load": lines,
         "predict": [f"tunewright predict {run.path.name} INPUT"],
-        "library": "transformers" if method.standalone else "peft",
+        "library": "transformers" if method.standalone else _library(run.path / "model"),
         "pipeline": task.pipeline,
         "base": origin,
         "labels": list(loaded.labels),
