@@ -38,7 +38,7 @@ COMMON: dict[str, list[str]] = {
     "layers: last 2 blocks": ["method=layers", "method.last=2"],
     "layers: discriminative": ["method=discriminative"],
     "layers: gradual unfreezing": ["method=gradual-unfreezing"],
-    "layers: slow unfreezing": ["method=gradual-unfreezing", "method.unfreeze=0.9", "method.layer_decay=0.385"],
+    "layers: slow unfreezing": ["method=layers", "method.unfreeze=0.9", "method.layer_decay=0.385"],
     "layers: biases (BitFit)": ["method=bitfit"],
     "layers: head first (LP-FT)": ["method=lp-ft"],
     "lora": ["method=lora"],

@@ -155,6 +155,22 @@ def test_merged_dora_rows_have_the_trained_lengths(tiny_recipe):
     torch.testing.assert_close(query(ready.method.merge(model)).weight.norm(dim=1), lengths.abs(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+def test_dora_leaves_out_what_has_no_length(tiny_recipe, task):
+    """A pruned output is 0 all over: its length divided by itself made every loss NaN (seen in MobileNetV2)."""
+    ready = checking.prepare(tiny_recipe(task, method="dora"))
+    _, loaded = checking.load(ready)
+    whole = ready.method.apply(copy.deepcopy(loaded.model), loaded)
+    assert not any("no direction" in note for note in loaded.notes)
+    name = sorted(n for n, m in whole.named_modules() if hasattr(m, "lora_A"))[0].removeprefix("base_model.model.")
+    loaded.model.get_submodule(name).weight.data[1] = 0
+    model = ready.method.apply(loaded.model, loaded)
+    assert sum("DoRA leaves 1 of" in note and name in note for note in loaded.notes) == 1
+    wrapped = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert name not in wrapped
+    assert len(wrapped) == sum(hasattr(m, "lora_A") for m in whole.modules()) - 1
+
+
 def test_pissa_begins_with_the_top_of_numpys_singular_values(tiny_recipe):
     _, _, _, model = adapted(tiny_recipe, r=3, init_lora_weights="pissa")
     layer = query(model)
