@@ -460,8 +460,8 @@ def grown(tmp_path_factory):
     def make(task: str, tied: bool):
         where = tmp_path_factory.mktemp("grown")
         (where / "base").mkdir()
-        config = {"tie_word_embeddings": tied} if task == "causal-lm" else {}
-        maker = tiny.causal_lm if task == "causal-lm" else tiny.text_encoder
+        config = {} if task == "text-classification" else {"tie_word_embeddings": tied}
+        maker = tiny.text_encoder if task == "text-classification" else tiny.causal_lm
         maker(where / "base", **config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where / "base")
         assert tokenizer.add_tokens(list(NEW)) == 2
@@ -473,6 +473,17 @@ def grown(tmp_path_factory):
         return Recipe.of(tree | {"method": "lora"})[0]
 
     return make
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sft", "text-classification"])
+def test_row_44_45_tokens_that_the_base_has_no_rows_for_are_named_before_training(grown, cli, task):
+    """The library's own word for it is "index out of range in self", in the first step."""
+    recipe = grown(task, tied=False)
+    tree = {"model": recipe.model.checkpoint, "task": task, "method": "lora", "data": recipe.data.train}
+    code, out, err = cli("check", *(f"{key}={value}" for key, value in tree.items()))
+    assert code == 0, err
+    assert "2 tokens beyond the" in out + err
+    assert "'<tool>', '<end>'" in out + err
 
 
 @pytest.mark.parametrize(("task", "tied"), [("causal-lm", True), ("causal-lm", False), ("text-classification", False)])
