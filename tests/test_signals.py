@@ -133,13 +133,17 @@ def test_a_second_ctrl_c_leaves_at_once(commands, slow, tmp_path, how):
     assert bytes_of(out) == whole
 
 
-def test_the_command_itself_leaves_with_143(slow, tmp_path):
-    """Without any of the test's machinery: `python -m tunewright`, SIGTERM, and the same again."""
+SCRIPT = "import sys, tunewright; tunewright.train(sys.argv[2], output_dir=sys.argv[3].partition('=')[2])"
+
+
+@pytest.mark.parametrize("how", [["-m", "tunewright"], ["-c", SCRIPT]], ids=["command", "script"])
+def test_the_program_itself_leaves_with_143(slow, tmp_path, how):
+    """Without any of the test's machinery: the command, and a script that catches nothing, get SIGTERM."""
     words, _ = slow
     mark, out = tmp_path / "mark", tmp_path / "run"
     path = os.pathsep.join([str(HERE), *sys.path])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WAIT_AT": f"loss:5:0.5:{mark}"}
-    command = [sys.executable, "-m", "tunewright", *map(str, words(out))]
+    command = [sys.executable, *how, *map(str, words(out))]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not mark.exists():
         assert process.poll() is None, process.stderr.read()
@@ -148,6 +152,7 @@ def test_the_command_itself_leaves_with_143(slow, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "Saved after step 5 of 12" in said
+    assert "Traceback" not in said
     assert newest(out) == 5
 
 
