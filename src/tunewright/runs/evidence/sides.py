@@ -30,6 +30,8 @@ class Sides:
     baseline: answers for the base to any rows, whether it is a model or not.
     plain:    the tuned model as plain weights with the base's own parameter names, None where it cannot be folded.
     validation: rows that neither trained nor are tested on, () where there are none.
+    groups:   columns whose values part the test rows, as the recipe names them.
+    quick:    no further pass over a model is wanted; what needs one raises NotRun.
     """
 
     task: Task
@@ -47,11 +49,16 @@ class Sides:
     group: str | None
     seed: int
     batch_size: int = 32
+    groups: tuple[str, ...] = ()
+    quick: bool = False
 
-    def answers(self, model: nn.Module, records: Sequence[Record]) -> list[Prediction]:
-        """What a model answers to rows that carry their targets."""
+    def answers(self, model: nn.Module, records: Sequence[Record], validating: bool = False) -> list[Prediction]:
+        """What a model answers to rows that carry their targets.
+
+        validating: as far as the first metric needs it, where answering in full is slow (`Task.validate`).
+        """
         examples = Examples(records, lambda r: self.task.encode(r, self.loaded))
-        return predict_rows(self.task, model, self.loaded, examples, batch_size=self.batch_size)
+        return predict_rows(self.task, model, self.loaded, examples, batch_size=self.batch_size, validating=validating)
 
     def scores(self, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
         """The task's metrics, row by row."""
