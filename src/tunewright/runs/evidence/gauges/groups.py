@@ -93,8 +93,8 @@ def by_group(
         )
         groups.append({
             "value": name, "n": len(rows), "few": len(rows) < FEW_ROWS,
-            "base": paired.base, "base_ci95": list(interval(base[rows])),
-            "tuned": paired.tuned, "tuned_ci95": list(interval(tuned[rows])),
+            "base": paired.base, "base_ci95": list(statistics.mean_interval(base[rows])),
+            "tuned": paired.tuned, "tuned_ci95": list(statistics.mean_interval(tuned[rows])),
             "difference": paired.difference, "ci95": list(paired.ci95), "p": paired.p, "method": paired.method,
             "apart_p": apart(tuned[rows], tuned[known & ~inside]), "rest": float(tuned[known & ~inside].mean()),
         })  # fmt: skip
@@ -106,13 +106,6 @@ def by_group(
     worst = {side: min(ranked, key=lambda g: sign * g[side])["value"] for side in ("base", "tuned")}
     large = [index for index, group in enumerate(groups) if not group["few"]]
     return found | {"worst": worst, "gap": gap(member, large, base, tuned, seed)}
-
-
-def interval(scores: Floats) -> statistics.Interval:
-    """95% interval of a mean: Wilson for right/wrong rows, t for others; one row shows nothing but itself."""
-    if np.isin(scores, (0, 1)).all():
-        return statistics.wilson_interval(int(scores.sum()), len(scores))
-    return statistics.paired_t(scores)[1] if len(scores) > 1 else (float(scores[0]), float(scores[0]))
 
 
 def gap(member: npt.NDArray[np.int64], groups: Sequence[int], base: Floats, tuned: Floats, seed: int) -> dict[str, Any]:
