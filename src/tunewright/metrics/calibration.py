@@ -57,9 +57,14 @@ def floor(confidence: Floats, draws: int = DRAWS, seed: int = 0, bins: int = BIN
 
 
 def curve(confidence: Floats, right: Floats) -> list[dict[str, Any]]:
-    """Reliability: rows from least to most sure in parts of equal size, each with its share right and interval."""
+    """Reliability: rows from least to most sure in parts of like size, each with its share right and interval.
+
+    Rows that are equally sure stand in one part: a model that always says 55% is one point.
+    """
     order = np.argsort(confidence, kind="stable")
-    parts = np.array_split(order, max(1, min(MOST_POINTS, len(order) // POINT_ROWS)))
+    number = max(1, min(MOST_POINTS, len(order) // POINT_ROWS))
+    edges = confidence[order][[len(order) * part // number for part in range(1, number)]]
+    parts = [part for part in np.split(order, np.unique(np.searchsorted(confidence[order], edges))) if len(part)]
     return [
         {
             "confidence": float(confidence[rows].mean()), "right": float(right[rows].mean()), "n": len(rows),

@@ -90,6 +90,8 @@ def temperature(sides: Sides) -> dict[str, Any]:
     answers = {"base": sides.baseline.predict(rows), "tuned": sides.answers(sides.tuned, rows)}
     for side, asked, held_out in (("base", answers["base"], sides.before), ("tuned", answers["tuned"], sides.after)):
         shares, truth = _shares(sides, asked, rows)
+        if np.ptp(shares, axis=0).max() == 0:  # a baseline that always says the same has none
+            continue
         fitted = calibration.fit_temperature(shares, truth)
         cooled = calibration.at_temperature(_shares(sides, held_out, sides.test)[0], fitted).max(axis=1)
         found[side] = {"value": fitted, **one_side(cooled, _right(sides, held_out), sides.seed)}
