@@ -102,6 +102,23 @@ def test_where_nothing_differs_at_most_one_run_in_twenty_is_flagged(monkeypatch)
     assert alarms / runs <= 0.05
 
 
+def test_rows_of_one_document_are_no_independent_witnesses(monkeypatch):
+    """30 documents of 20 like rows in 3 groups of documents, none special: rows taken singly would say otherwise."""
+    monkeypatch.setattr(groups, "gap", lambda *_: None)
+    rng, runs = np.random.default_rng(6), 40
+    units: list[str | None] = [f"document {i // 20}" for i in range(600)]
+    values = [f"group {i // 20 % 3}" for i in range(600)]
+    alarms = {"rows": 0, "documents": 0}
+    for _ in range(runs):
+        right = np.repeat((rng.random(30) < 0.7).astype(float), 20)
+        for counted, by in (("rows", None), ("documents", units)):
+            found = groups.by_group("g", values, right, right, ACCURACY, by)["groups"]
+            groups.correct(found, True)
+            alarms[counted] += any(group["stands"] for group in found)
+    print(f"false alarms of {runs} runs: {alarms}")
+    assert alarms["documents"] <= 2 < 20 <= alarms["rows"]
+
+
 def test_a_planted_weak_group_is_found_and_no_other(monkeypatch):
     """12 groups of 60; in one the tuned model is right on half of the rows, elsewhere on nine of ten."""
     monkeypatch.setattr(groups, "gap", lambda *_: None)

@@ -164,6 +164,7 @@ def judged(base: Any, tuned: Any, n: int = 60, **more: Any) -> Any:
     made = replace(made, test=test, before=predict(base)(test), after=predict(tuned)(test),
                    tuned=torch.nn.Linear(2, 2), **more)  # fmt: skip
     object.__setattr__(made, "answers", lambda model, rows, validating=False: predict(tuned)(rows))
+    object.__setattr__(made.task, "encode", lambda record, loaded: {"length": len(record["text"].split())})
     return made
 
 
@@ -249,14 +250,11 @@ def test_fewer_rows_are_asked_of_a_large_model():
     import torch
 
     made = judged(lambda t: True, lambda t: True)
-    asking = robustness._Asking.of(made)
-    assert asking.rows(8) == robustness.MOST_ROWS
     with torch.device("meta"):
-        large = torch.nn.Linear(30_000, 10_000)
-    assert robustness._Asking.of(replace(made, tuned=large)).rows(8) == 38
-    with torch.device("meta"):
-        largest = torch.nn.Linear(80_000, 80_000)
-    assert robustness._Asking.of(replace(made, tuned=largest)).rows(8) == robustness.FEWEST_ROWS
+        small, large, larger = (torch.nn.Linear(n, n, bias=False) for n in (100, 15_000, 100_000))
+    rows = [len(robustness._drawn(replace(made, tuned=model), 13)) for model in (small, large, larger)]
+    # 2e12 / (15,000^2 weights x 12 tokens x 13 times) is 56.98
+    assert rows == [60, 56, robustness.FEWEST_ROWS]
 
 
 def test_a_conversation_is_messed_up_in_its_last_question_only(tmp_path: Path):

@@ -53,6 +53,7 @@ def sided(texts: list[str], base: Any, tuned: Any) -> Any:
     made = sides([{}] * n, [True] * n, [True] * n, baseline=Baseline("base", "", predict(base)))
     test = [r | {"text": text} for r, text in zip(made.test, texts, strict=True)]
     made = replace(made, test=test, before=predict(base)(test), after=predict(tuned)(test))
+    object.__setattr__(made, "affordable", lambda times, records: 1000)
     object.__setattr__(made, "answers", lambda model, rows, validating=False: predict(tuned)(rows))
     return made
 
@@ -88,6 +89,7 @@ def test_rows_whose_right_answer_is_the_term_are_not_counted():
     made = sided(TEXTS, lambda t: "yes", lambda t: "yes")
     test = [r | {"label": "he"} if r["text"].startswith("He") else r for r in made.test]
     made = replace(made, test=test)
+    object.__setattr__(made, "affordable", lambda times, records: 1000)
     object.__setattr__(made, "answers", lambda model, rows, validating=False: made.baseline.predict(rows))
     assert swaps.measure(made)["rows"] == 60
 

@@ -11,11 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from tunewright.contracts import Baseline, Loaded, Prediction, Record, Task
+from tunewright.contracts import Baseline, Example, Loaded, Prediction, Record, Task
 from tunewright.data.batches import Examples
 from tunewright.engine.evaluate import predict_rows, score_rows
+
+WORK = 2e12  # weights times tokens: 22 million weights answer 3,500 rows of 25 tokens in 30 s on two cores
+ON_GPU = 50.0  # times as much
+SIZED_ROWS = 20  # rows whose length is looked at
 
 
 class NotRun(Exception):
@@ -60,9 +64,25 @@ class Sides:
         examples = Examples(records, lambda r: self.task.encode(r, self.loaded))
         return predict_rows(self.task, model, self.loaded, examples, batch_size=self.batch_size, validating=validating)
 
+    def affordable(self, times: int, records: Sequence[Record]) -> int:
+        """How many rows like these both sides can answer so many times in about half a minute each.
+
+        Counted as work and not in seconds, so that it is the same each time: weights times tokens, or patches of
+        16 x 16 pixels.
+        """
+        device = next((p.device.type for p in self.tuned.parameters()), "cpu")
+        examples = [self.task.encode(record, self.loaded) for record in records[:SIZED_ROWS]]
+        size = sum(e["length"] if "length" in e else _patches(e) for e in examples) / max(1, len(examples))
+        weights = sum(p.numel() for p in self.tuned.parameters())
+        return int(WORK * (ON_GPU if device == "cuda" else 1.0) / max(1.0, weights * size * times))
+
     def scores(self, predictions: Sequence[Prediction], records: Sequence[Record]) -> list[dict[str, Any]]:
         """The task's metrics, row by row."""
         return score_rows(self.task, predictions, records)
+
+
+def _patches(example: Example) -> float:
+    return max((v.numel() for v in example.values() if isinstance(v, Tensor)), default=1) / (3 * 16 * 16)
 
 
 Gauge = Callable[[Sides], dict[str, Any]]

@@ -79,7 +79,8 @@ def by_group(
 ) -> dict[str, Any]:  # fmt: skip
     """Each group's scores, its change, and how it stands against the other rows; worst group and gap.
 
-    units: what the rows came from (document, speaker); rows of one unit count as one for the change.
+    units: what the rows came from (document, speaker); rows of one unit count as one for both questions, not for a
+        side's own interval.
     """
     names = sorted(set(values) - {""})
     member = np.array([names.index(value) if value else -1 for value in values])
@@ -87,7 +88,7 @@ def by_group(
     groups: list[dict[str, Any]] = []
     for index, name in enumerate(names):
         inside = member == index
-        rows = np.flatnonzero(inside)
+        rows, others = np.flatnonzero(inside), np.flatnonzero(known & ~inside)
         paired = statistics.compare(
             base[rows], tuned[rows], groups=[units[int(i)] for i in rows] if units else None, seed=seed
         )
@@ -96,7 +97,8 @@ def by_group(
             "base": paired.base, "base_ci95": list(statistics.mean_interval(base[rows])),
             "tuned": paired.tuned, "tuned_ci95": list(statistics.mean_interval(tuned[rows])),
             "difference": paired.difference, "ci95": list(paired.ci95), "p": paired.p, "method": paired.method,
-            "apart_p": apart(tuned[rows], tuned[known & ~inside]), "rest": float(tuned[known & ~inside].mean()),
+            "apart_p": apart(_draws(tuned, rows, units), _draws(tuned, others, units)),
+            "rest": float(tuned[others].mean()),
         })  # fmt: skip
     ranked = [group for group in groups if not group["few"]]
     found = {"column": column, "groups": groups, "without": int((~known).sum())}
@@ -106,6 +108,16 @@ def by_group(
     worst = {side: min(ranked, key=lambda g: sign * g[side])["value"] for side in ("base", "tuned")}
     large = [index for index, group in enumerate(groups) if not group["few"]]
     return found | {"worst": worst, "gap": gap(member, large, base, tuned, seed)}
+
+
+def _draws(scores: Floats, rows: npt.NDArray[np.int64], units: Sequence[str | None] | None) -> Floats:
+    """The scores of these rows; where rows come from one unit, the mean of each unit: as many draws as there are."""
+    if units is None:
+        return scores[rows]
+    by_unit: dict[object, list[float]] = {}
+    for row in map(int, rows):
+        by_unit.setdefault(units[row] if units[row] is not None else row, []).append(float(scores[row]))
+    return np.array([sum(values) / len(values) for values in by_unit.values()])
 
 
 def gap(member: npt.NDArray[np.int64], groups: Sequence[int], base: Floats, tuned: Floats, seed: int) -> dict[str, Any]:

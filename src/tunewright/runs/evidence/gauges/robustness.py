@@ -24,8 +24,6 @@ PASSES = True
 ABOUT = "messy input"
 MIDDLE = 3  # the strength at which kinds are compared
 MOST_ROWS, FEWEST_ROWS = 150, 15  # rows drawn from the held-out ones
-WORK = 1.5e11  # weights times rows asked of each side on a CPU: half a minute for 22 million
-ON_GPU = 50.0
 ALPHA = 0.05
 EXAMPLES = 8
 
@@ -101,7 +99,7 @@ def measure(sides: Sides) -> dict[str, Any]:
     asking = _Asking.of(sides)
     mess, kinds = MESSES[kind]
     keep = frozenset(word.lower() for label in sides.loaded.labels for word in perturb_text.WORD.findall(label))
-    places = _drawn(sides, asking.rows(len(kinds)))
+    places = _drawn(sides, len(kinds) + len(perturb_text.SEVERITIES))
     with tempfile.TemporaryDirectory() as room:
         messy = Messy(field, mess, kinds, keep, sides.seed, Path(room))
         severities = by_severity(asking, messy, places)
@@ -121,10 +119,11 @@ def _field(sides: Sides) -> tuple[str, str]:
     return found[0]
 
 
-def _drawn(sides: Sides, most: int) -> list[int]:
+def _drawn(sides: Sides, times: int) -> list[int]:
     """Places of the held-out rows that are asked: drawn by row id, so that they stay when other rows come."""
     order = sorted(range(len(sides.test)), key=lambda i: derive_seed(sides.seed, "robustness", sides.test[i]["row"]))
-    return sorted(order[:most])
+    most = sides.affordable(times, [sides.test[i] for i in order])
+    return sorted(order[: min(MOST_ROWS, max(FEWEST_ROWS, most))])
 
 
 @dataclass(frozen=True)
@@ -148,13 +147,6 @@ class _Asking:
     @property
     def sign(self) -> float:
         return 1.0 if self.metric.higher_is_better else -1.0
-
-    def rows(self, num_kinds: int) -> int:
-        """How many rows may be asked; a count of work and not of seconds, so that it is the same each time."""
-        sized = next(iter(self.sides.tuned.parameters()), None)
-        weights = sum(p.numel() for p in self.sides.tuned.parameters()) or 1
-        budget = WORK * (ON_GPU if sized is not None and sized.device.type == "cuda" else 1.0)
-        return int(min(MOST_ROWS, max(FEWEST_ROWS, budget / weights / (num_kinds + len(perturb_text.SEVERITIES)))))
 
     def scores(self, records: Sequence[Record]) -> tuple[list[float], list[float]]:
         """Base and tuned, row by row."""

@@ -17,7 +17,7 @@ from tunewright.runs.evidence.sides import NotRun, Sides
 
 PASSES = True
 ABOUT = "answers with identity words exchanged (he and she, names, countries)"
-MOST_ROWS = 150  # exchanged rows of each kind, drawn by row id
+FEW_ROWS, MOST_ROWS = 15, 150  # exchanged rows of each kind, drawn by row id
 FEWEST_ROWS = 5  # with a term; below that no share is worth a sentence
 EXAMPLES = 8
 
@@ -29,7 +29,8 @@ def measure(sides: Sides) -> dict[str, Any]:
         raise NotRun("the rows have no text")
     if not all("label" in answer for answer in (*sides.before, *sides.after)):
         raise NotRun("answers are free text: a changed word is no changed decision")
-    found = {kind: _exchanged(sides, field, kind) for kind in identity_terms.TERMS}
+    most = min(MOST_ROWS, max(FEW_ROWS, sides.affordable(len(identity_terms.TERMS), sides.test)))
+    found = {kind: _exchanged(sides, field, kind, most) for kind in identity_terms.TERMS}
     places, rows, kinds = [], [], []
     for kind, some in found.items():
         for place, row, _ in some:
@@ -54,7 +55,7 @@ def measure(sides: Sides) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _exchanged(sides: Sides, field: str, kind: str) -> list[tuple[int, Record, list[str]]]:
+def _exchanged(sides: Sides, field: str, kind: str, most: int) -> list[tuple[int, Record, list[str]]]:
     """(place, row with the terms exchanged, the terms), without rows whose right answer names one of them."""
     made = []
     for place, record in enumerate(sides.test):
@@ -62,7 +63,7 @@ def _exchanged(sides: Sides, field: str, kind: str) -> list[tuple[int, Record, l
         if terms and new != record[field] and not _names(sides.task.truth(record) or "", terms):
             made.append((place, record | {field: new}, terms))
     made.sort(key=lambda m: derive_seed(sides.seed, "swaps", kind, m[1]["row"]))
-    return sorted(made[:MOST_ROWS], key=lambda m: m[0])
+    return sorted(made[:most], key=lambda m: m[0])
 
 
 def _names(truth: str, terms: Sequence[str]) -> bool:
