@@ -6,6 +6,7 @@ Knows run folders and contracts. For another file the run's own test rows are no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tunewright.contracts import Record, Task
 from tunewright.data import inspection, records
 from tunewright.errors import DataError, Fault, RunError, nearest
 from tunewright.rundir import RunDir
+from tunewright.runs import checking
 from tunewright.runs.evidence import gather, gauging
 from tunewright.runs.prediction import base_of, is_whole, labels_of, method_of, open_run, task_of
 from tunewright.runs.report.card import write_card
@@ -66,12 +68,14 @@ def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -
     if not run.finished or not (run.path / "predictions.jsonl").is_file():
         raise RunError(Fault("not finished, so there is nothing to measure on", where=str(run.path)))
     with run.locked():
-        predictor, data = open_run(folder, base), _rows(run)
         recipe, model = run.recipe(), run.path / "model"
+        moved = replace(recipe, model=replace(recipe.model, checkpoint=base)) if base else recipe
+        prepared, predictor = checking.prepare(moved), open_run(folder, base)
+        data = prepared.data
         ground = gauging.Ground(
             run, recipe, predictor.task, method_of(recipe), predictor.loaded, predictor.model, is_whole(model),
             base_of(recipe, model, base, "an evaluation compares with the base"), data.train, data.validation,
-            data.test,
+            data.test, prepared.general,
         )  # fmt: skip
         measured = gauging.measure_missing(ground, say, quick=False, again=True)
         write_report(run.path)
@@ -80,18 +84,14 @@ def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -
 
 
 def _training_rows(run: RunDir) -> list[Record]:
-    return _rows(run).train
-
-
-def _rows(run: RunDir) -> records.Data:
-    """The rows of the run, read again: a baseline is made from them, and overlap is looked for."""
+    """The rows that the run was trained on, read again: a baseline is made from them, and overlap is looked for."""
     recipe = run.recipe()
     task = task_of(recipe)
     validation = recipe.train.early_stopping_patience is not None
     data, faults = records.load(recipe.data, task.fields, seed=recipe.seed, validation=validation)
     if data is None:
         raise DataError([*faults, Fault("the run's training rows are needed for its baseline", where=str(run.path))])
-    return data
+    return data.train
 
 
 def _overlap(task: Task, training: Sequence[Record], rows: Sequence[Record]) -> int:

@@ -171,15 +171,17 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
     seconds = state.seconds or time.perf_counter() - began
     if is_first():
         _save_model(run, task, method, model, loaded, recipe)
+    baseline = None
     if not from_first((run.path / "evidence.json").is_file):  # the test rows are opened once
-        answers = _answers(task, model, loaded, prepared, quiet)
+        baseline, answers = _answers(task, model, loaded, prepared, quiet)
         if is_first():
-            evidence = _evidence(run, task, loaded, prepared, *answers)
+            evidence = _evidence(run, task, loaded, prepared, baseline, answers)
             evidence["cost"] = _cost(model, state, seconds, place)
             _write_solved(run, state)
             run.write_json("evidence.json", evidence)
     if is_first():
-        gauging.measure_missing(_ground(run, task, method, loaded, model, prepared), say, quick=recipe.evaluate.quick)
+        ground = _ground(run, task, method, loaded, model, prepared, baseline)
+        gauging.measure_missing(ground, say, quick=recipe.evaluate.quick)
         write_report(run.path)
         run.sync()  # the card says that the run is finished
         write_card(run.path)
@@ -348,12 +350,18 @@ def _evidence(
 
 
 def _ground(
-    run: RunDir, task: Task, method: Method, loaded: Loaded, model: Any, prepared: checking.Prepared
+    run: RunDir,
+    task: Task,
+    method: Method,
+    loaded: Loaded,
+    model: Any,
+    prepared: checking.Prepared,
+    baseline: Baseline | None,
 ) -> gauging.Ground:
     recipe, data = prepared.recipe, prepared.data
     return gauging.Ground(
         run, recipe, task, method, loaded, model, whole=False, spec=recipe.model, training=data.train,
-        validation=data.validation, test=data.test,
+        validation=data.validation, test=data.test, general=prepared.general, baseline=baseline,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from tunewright import find
-from tunewright.contracts import Loaded, Method, Prediction, Record, Task
+from tunewright.contracts import Baseline, Loaded, Method, Prediction, Record, Task
 from tunewright.engine import distributed
 from tunewright.errors import Fault, RunError
 from tunewright.recipe import ModelSpec, Recipe
@@ -48,22 +48,26 @@ class Ground:
     training: Sequence[Record]
     validation: Sequence[Record]
     test: Sequence[Record]
+    general: Mapping[str, Sequence[Record]]
+    baseline: Baseline | None = None  # where it is open already
 
     def sides(self, quick: bool) -> Sides:
-        """Base and tuned side by side; a base that is a model is opened unless no pass over it is wanted.
+        """Base and tuned side by side; a base that is a model is opened.
 
         Raises RunError if predictions.jsonl holds other rows.
         """
         recipe, size = self.recipe, self.recipe.train.per_device_eval_batch_size
         before, after = self._answers()
-        baseline = baseline_of(self.task, self.spec, self.loaded, self.training, size)
-        base = baseline.predict.loaded.model if isinstance(baseline.predict, BaseModel) and not quick else None
+        baseline = self.baseline or baseline_of(self.task, self.spec, self.loaded, self.training, size)
+        opened = baseline.predict.loaded if isinstance(baseline.predict, BaseModel) else None
         folds = self.whole or self.method.folds
         return Sides(
-            task=self.task, loaded=self.loaded, tuned=self.tuned, base=base, plain=self._plain if folds else None,
-            baseline=baseline, training=self.training, validation=() if quick else self.validation, test=self.test,
-            before=before, after=after, margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed,
-            batch_size=size, groups=recipe.evaluate.groups, quick=quick,
+            task=self.task, loaded=self.loaded, tuned=self.tuned, base=opened.model if opened else None,
+            plain=self._plain if folds else None, baseline=baseline, training=self.training,
+            validation=() if quick else self.validation, test=self.test, before=before, after=after,
+            margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed, batch_size=size,
+            trunk=(lambda: opened) if opened else (lambda: self.task.load(self.spec, self.loaded.labels)),
+            general=self.general, name=self.run.path.name, groups=recipe.evaluate.groups, quick=quick,
         )  # fmt: skip
 
     def _plain(self) -> nn.Module:
