@@ -77,15 +77,22 @@ def slopes(lines: Sequence[Slope], title: str, scale: Scale, places: Sequence[st
 
     parts = _ground(scale, say)
     parts += [text(at(i), BOTTOM + 18, name, "tick", "middle") for i, name in enumerate(places)]
+    parts += _traces(lines, at, scale)
+    return drawing(title, int(BOTTOM) + 28, *parts)
+
+
+def _traces(lines: Sequence[Slope], at: Callable[[float], str], scale: Scale) -> list[Markup]:
+    """Each line with its points and their intervals; two lines stand a little apart, so that none hides the other."""
+    parts: list[Markup] = []
     for shift, line in zip((-3, 3), lines, strict=False):
         for (x1, y1, *_), (x2, y2, *_) in itertools.pairwise(line.points):
             parts.append(tag("line", x1=at(x1), x2=at(x2), y1=_height(scale, y1), y2=_height(scale, y2),
-                             class_=f"line {line.kind}"))  # fmt: skip
+                             class_=f"line {line.kind}", transform=f"translate({shift} 0)"))  # fmt: skip
         for x, y, low, high in line.points:
             reach = vertical(at(x), float(_height(scale, high)), float(_height(scale, low)), f"whisker {line.kind}")
             dot = tag("circle", cx=at(x), cy=_height(scale, y), r=5, class_=f"dot {line.kind}")
             parts.append(tag("g", reach, dot, transform=f"translate({shift} 0)"))
-    return drawing(title, int(BOTTOM) + 28, *parts)
+    return parts
 
 
 def _height(scale: Scale, value: float) -> str:
@@ -114,16 +121,7 @@ def reliability(lines: Sequence[Slope], title: str) -> Markup:
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         lean = "end" if value == 1 else "middle" if value else ""
         parts.append(text(along.at(value), BOTTOM + 18, words.axis_share(value), "tick", lean))
-    for shift, line in zip((-2, 2), lines, strict=False):
-        for (x1, y1, *_), (x2, y2, *_) in itertools.pairwise(line.points):
-            parts.append(tag("line", x1=along.at(x1), x2=along.at(x2), y1=_height(scale, y1), y2=_height(scale, y2),
-                             class_=f"line {line.kind}"))  # fmt: skip
-        for x, y, low, high in line.points:
-            whisker = vertical(
-                along.at(x), float(_height(scale, high)), float(_height(scale, low)), f"whisker {line.kind}"
-            )
-            dot = tag("circle", cx=along.at(x), cy=_height(scale, y), r=5, class_=f"dot {line.kind}")
-            parts.append(tag("g", whisker, dot, transform=f"translate({shift} 0)"))
+    parts += _traces(lines, along.at, scale)
     parts += [text("55%", BOTTOM + 36, "how sure it said it was", "tick", "middle"),
               text("0%", BOTTOM + 36, "share right ↑", "tick")]  # fmt: skip
     return drawing(title, int(BOTTOM) + 44, *parts)
