@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import tiny_tree
+from test_report import Page
 
 import tunewright
 from tunewright import find
@@ -253,6 +254,37 @@ def test_each_part_has_figures_with_sentence_and_table(finished):
         assert "nan" not in body.lower().replace("not-an", "")
         assert not re.search(r"significant|forgot|because", body)
     assert len(source.encode()) < LIMIT
+    assert Page(source).faults == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.03, 0.1, "Mess at strength 5 costs the tuned model less than it costs the base"),
+        (-0.1, -0.03, "Mess at strength 5 costs the tuned model more than it costs the base"),
+        (-0.1, 0.1, "What mess at strength 5 costs is not shown to differ between tuned model and base"),
+    ],
+)
+def test_what_mess_costs_beyond_the_base_is_said_by_its_interval(run, low, high, said):
+    found = gauge(run, "robustness")
+    found["severities"][-1]["beyond_base"] |= {"difference": (low + high) / 2, "ci95": [low, high]}
+    (run / "gauges" / "robustness.json").write_text(json.dumps(found))
+    assert said in write_report(run).read_text(encoding="utf-8")
+
+
+def planted(run: Path, **more: Any) -> str:
+    """The sentence of "For whom?" when the first group is as told."""
+    found = gauge(run, "groups")
+    found["columns"][0]["groups"][0] |= {"value": "north", "few": False, "changed": "", "stands": ""} | more
+    (run / "gauges" / "groups.json").write_text(json.dumps(found))
+    source = write_report(run).read_text(encoding="utf-8")
+    return re.findall(r'<h2>For whom.</h2><span class="said" dir="auto">(.*?)</span>', source, flags=re.DOTALL)[0]
+
+
+def test_for_whom_is_said_in_words_fixed_before(run):
+    assert "No group is shown to do worse than the others, or to have got worse (2 groups" in planted(run)
+    assert "does worse for region north than for the other rows." in planted(run, stands="worse")
+    assert "It got worse for region north." in planted(run, changed="worse")
 
 
 def test_the_page_is_the_same_bytes_again(run):

@@ -100,11 +100,11 @@ def _slope_figure(record: Record, found: dict[str, Any], lines: Sequence[dict[st
              "95% interval")  # fmt: skip
     beyond = mapping(lines[-1].get("beyond_base"))
     moved = Measure.read({"name": twin.key, "proportion": twin.in_points, **unit_of(found), **beyond}, record.margin)
-    more = {"better": "less than", "worse": "more than"}.get(moved.direction, "not shown to differ from")
-    message = (
-        f"Mess at strength 5 costs the tuned model {more} the base ({moved.shown_difference}, "
-        f"95% interval {moved.interval})."
-    )
+    said_so = {
+        "better": "Mess at strength 5 costs the tuned model less than it costs the base",
+        "worse": "Mess at strength 5 costs the tuned model more than it costs the base",
+    }.get(moved.direction, "What mess at strength 5 costs is not shown to differ between tuned model and base")
+    message = f"{said_so} ({moved.shown_difference}, 95% interval {moved.interval})."
     title = f"{words.capital(twin.name)} of base and tuned model over messier input"
     picture = gauge_charts.slopes(slopes, title, scale, places, say)
     return charts.figure(words.sentence(message), picture, charts.table(heads, rows, (1, 2, 3, 4, 5, 7, 8)),
