@@ -141,6 +141,22 @@ def test_quick_leaves_out_what_asks_the_models_again_and_the_command_measures_it
     assert "nothing was left" in cli("evaluate", path, "--gauges")[2]
 
 
+def test_a_run_that_was_interrupted_while_gauging_goes_on_with_what_is_missing(house):
+    keys = tree(house, "interrupted", groups=["region"])
+    path = tunewright.train(keys, quiet=True).path
+    whole = gauge(path, "robustness")
+    (path / "README.md").unlink()
+    (path / "gauges" / "robustness.json").unlink()
+    (path / "gauges" / "swaps.json.partial").write_text("{")
+    before = (path / "gauges" / "groups.json").stat().st_mtime_ns
+    tunewright.train(keys, quiet=True)
+    assert {k: v for k, v in gauge(path, "robustness").items() if k != "seconds"} == {
+        k: v for k, v in whole.items() if k != "seconds"
+    }
+    assert (path / "gauges" / "groups.json").stat().st_mtime_ns == before
+    assert (path / "README.md").is_file()
+
+
 def ground_of(run: Path) -> Any:
     sides = SimpleNamespace()
     return SimpleNamespace(run=RunDir(run), sides=lambda quick: sides)
