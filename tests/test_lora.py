@@ -230,6 +230,7 @@ def test_what_a_start_does_is_said():
 
 def test_few_matrices_are_recommended_a_higher_rate():
     assert build().recommended()[0] == build(use_dora=True).recommended()[0] == 1e-3
+    assert build(init_lora_weights="pissa").recommended()[0] == pytest.approx(3e-4)
     assert build(target_modules=["q_proj", "v_proj"]).recommended()[0] == 3e-3
     assert build(target_modules=["q_proj", "down_proj"]).recommended()[0] == 1e-3
 
