@@ -116,7 +116,7 @@ def start_from_inputs(model: nn.Module, passes: Iterable[object]) -> None:
             rows = _tokens(given[0].detach().float(), masks[0])
             rows = torch.cat([found[name], rows]) if name in found else rows
             kept = min(max(4 * layer.r[NAME], LEAST_KEPT), *rows.shape)
-            with _one_thread():
+            with _one_thread(), torch.autocast(rows.device.type, enabled=False):
                 _, s, v = torch.svd_lowrank(rows, kept)
             found[name] = s.unsqueeze(1) * v.T
 

@@ -32,6 +32,15 @@ def train_in_float32(model: nn.Module) -> None:
             raise MethodError(Fault(problem, where="model.quantize", remedy=remedy))
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    for module in model.modules():  # a batch norm takes its statistics only as its weights are
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for buffer in module.buffers(recurse=False):
+                buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+
+
+def stores_half(model: nn.Module) -> bool:
+    """Whether some weights are in half precision: beside float32 ones, which train, products then need autocast."""
+    return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
 def set_mode(model: nn.Module, *, dropout: bool = True, train_batch_norm: bool = False) -> None:

@@ -22,7 +22,7 @@ from tunewright.errors import Fault, MethodError
 from tunewright.models import peft_adapters
 from tunewright.models.layout import max_positions, speaks_words
 from tunewright.models.places import own_head
-from tunewright.models.surgery import freeze
+from tunewright.models.surgery import freeze, stores_half
 
 LEAST_ROOM = 8  # tokens of a text that must still fit beside the virtual ones
 INSTEAD = "Use method=lora, method=head or method=full."
@@ -127,7 +127,8 @@ def _logits(model: nn.Module, ids: Tensor, real: int) -> Tensor:
     """Logits of the first `real` tokens, or of the row where there is one answer a row."""
     ids = ids.to(next(model.parameters()).device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < real).long().unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=stores_half(model)):
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits[:, :real].float() if logits.ndim == 3 else logits.float()
 
 
