@@ -33,7 +33,7 @@ ALL = ("all-linear", "all")
 
 @dataclass(frozen=True)
 class Lora(Method):
-    r: int = 8  # rank: 8 for classifiers; more where there is more to store (docs/facts.md)
+    r: int = 8  # rank: 8 for classifiers; more where there is more to store
     # scale is alpha / r, with use_rslora alpha / sqrt(r); None: 2 r, with use_rslora 6: both are a scale of 2 at r = 8
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
