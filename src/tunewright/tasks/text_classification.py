@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunewright.contracts import Baseline, Batch, Example, Field, Loaded, Loss, Prediction, Record, Task
 from tunewright.metrics.classification import ACCURACY, LOG_LOSS, MACRO_F1, score_class
-from tunewright.models import classifier
+from tunewright.models import classifier, vocabulary
 from tunewright.models.layout import max_positions
 from tunewright.models.load import open_processor, resolve
 from tunewright.recipe import ModelSpec
@@ -124,6 +124,7 @@ class TextClassification(Task):
         trunk = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         if getattr(trunk.config, "is_decoder", False) or tokenizer.mask_token is None:
             return None
+        vocabulary.resize(trunk, tokenizer)
         room = min(max_positions(trunk) or ZERO_SHOT_LONGEST, tokenizer.model_max_length, ZERO_SHOT_LONGEST)
 
         def embed(texts: list[str]) -> Tensor:
