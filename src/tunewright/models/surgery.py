@@ -24,7 +24,10 @@ def freeze(model: nn.Module, except_for: tuple[str, ...] = ()) -> None:
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (docs/facts.md)."""
+    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (docs/facts.md).
+
+    Buffers beside them too. Raises MethodError for weights in few bits, which cannot train.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_floating_point():
             remedy = "Use method=lora, ia3, bottleneck or prefix, or leave model.quantize out."

@@ -251,7 +251,7 @@ def without(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def reopen(loaded: Loaded, folder: Path, count: int, where: str) -> nn.Module:
-    """What `save` wrote, on its base again."""
+    """A saved adapter, on its base again."""
     reserve(loaded, count, where)
     adapted = peft_adapters.reopen(loaded, folder)
     put_right(adapted)
