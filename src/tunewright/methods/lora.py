@@ -24,7 +24,7 @@ from tunewright.data.batches import sample
 from tunewright.errors import Fault, MethodError
 from tunewright.models import low_rank, masks, peft_adapters, vocabulary
 from tunewright.models.layout import VALUES, linear_names, within
-from tunewright.models.places import own_head
+from tunewright.models.places import own_head, whole_head
 
 QUERIES_AND_VALUES = ("query", "q_proj", "q_lin", "q", "wq", "query_proj", *VALUES)
 EVA_BATCHES = 32  # micro-batches whose inputs are looked at: the directions of a few hundred rows hardly change
@@ -103,7 +103,7 @@ class Lora(Method):
     def apply(self, model: nn.Module, loaded: Loaded) -> nn.Module:
         import peft
 
-        head = loaded.fresh or ((loaded.layout.head,) if loaded.layout.head else ())
+        head = whole_head(loaded)
         experts = self._experts(model, loaded)
         how = self.init_lora_weights
         config = peft.LoraConfig(
