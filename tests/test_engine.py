@@ -24,11 +24,11 @@ from tunewright.contracts import Callback, Loaded, Loss, Method, State, Task
 from tunewright.data.batches import Steps, derive_seed
 from tunewright.engine import checkpoint, optimizers, schedules
 from tunewright.engine.fit import fit
-from tunewright.errors import TrainError
+from tunewright.errors import RecipeError, TrainError
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
-from tunewright.runs import checking
+from tunewright.runs import checking, training
 from tunewright.runs.training import train
 
 TASKS = find.names("tasks")
@@ -464,3 +464,32 @@ def test_killed_and_started_again_ends_with_the_same_bytes(tiny_recipe, tmp_path
 def checkpoints_of(out: Path) -> int:
     done = [int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()] if out.exists() else []
     return max(done, default=0)
+
+
+# ------------------------------------------------------------- a base in half precision
+@pytest.mark.parametrize("method", ["full", "head", "lora"])
+@pytest.mark.parametrize("task", ["text-classification", "image-classification", "sft"])
+def test_a_base_in_half_precision_trains_on_a_machine_without_bf16_units(
+    tiny_recipe, tmp_path, monkeypatch, task, method
+):
+    """Beside the float32 of what trains, its products are taken in bf16 wherever they are; full leaves nothing half."""
+    monkeypatch.setattr(training, "choose_precision", lambda *asked: ("float32", "this device has no bf16 units"))
+    recipe = tiny_recipe(task, method=method, train={"max_steps": 2})
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))
+    said: list[str] = []
+    run = training.train(recipe, tmp_path / "run", quiet=True, say=said.append)
+    assert run.finished
+    assert any("Precision bf16" in text for text in said) == (method != "full")
+
+
+@pytest.mark.parametrize("method", ["head", "lora"])
+def test_float32_asked_of_a_base_in_half_precision_is_refused_before_the_first_step(tiny_recipe, tmp_path, method):
+    recipe = tiny_recipe(method=method, train={"max_steps": 2, "precision": "float32"})
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))
+    with pytest.raises(RecipeError, match=r"train\.precision[^$]*model\.dtype=float32"):
+        checking.check(recipe)
+    with pytest.raises(RecipeError, match=r"train\.precision"):
+        training.train(recipe, tmp_path / "run", quiet=True, say=lambda text: None)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    full = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, name="full"))
+    assert checking.check(full)["ok"], "what trains is float32, so nothing is left in half precision"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import tempfile
 import warnings
@@ -19,7 +20,7 @@ from tunewright.contracts import Callback, Layout, Loaded, Method
 from tunewright.errors import MethodError, RecipeError
 from tunewright.models import low_rank, tiny, vocabulary
 from tunewright.models.layout import layout_of
-from tunewright.recipe import Recipe
+from tunewright.recipe import Choice, Recipe, TrainSpec
 from tunewright.runs import checking
 from tunewright.runs.prediction import open_run
 from tunewright.runs.training import train
@@ -551,6 +552,21 @@ def test_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_pat
         own = task_object.predict(model, batch, loaded)
         same_answers(own, task_object.predict(opened, batch, loaded), abs=1e-6)
         same_answers(own, task_object.predict(ours, batch, again), abs=1e-6)
+
+
+@pytest.mark.parametrize(("task", "method"), [("causal-lm", "lora"), ("text-classification", "bottleneck")])
+def test_the_card_of_a_run_with_new_tokens_opens_what_was_trained(grown, tmp_path, monkeypatch, task, method):
+    """A config.json with more rows than the base has would give it a random table, without a word."""
+    recipe = dataclasses.replace(grown(task, False), method=Choice(method), train=TrainSpec(max_steps=2))
+    run = train(recipe, tmp_path / "run", quiet=True, say=lambda text: None)
+    monkeypatch.chdir(run.path)
+    there: dict = {}
+    exec("\n".join(run.read_json("usage.json")["load"]), there)
+    ours = open_run(run.path)
+    batch = ours.task.collate([ours.task.encode(r, ours.loaded) for r in checking.prepare(recipe).data.train[:4]])
+    with torch.no_grad():
+        own = ours.task.predict(ours.model.eval(), batch, ours.loaded)
+        same_answers(own, ours.task.predict(there["model"].eval(), batch, ours.loaded), abs=1e-5)
 
 
 def load_grown(ready):

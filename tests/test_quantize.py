@@ -106,7 +106,9 @@ def test_only_matrices_in_blocks_are_stored_in_few_bits(quantized, task, kind):
     assert all(p.dtype == torch.float32 for n, p in loaded.model.named_parameters() if "embed" in n or "head" in n)
     plain = checking.load(checking.prepare(few(quantized(task), None)))[1]
     assert count_parameters(loaded.model)[1] == count_parameters(plain.model)[1], "two weights a byte are two weights"
-    assert any("stored as" in note for note in loaded.notes)
+    (said,) = [note for note in loaded.notes if "stored as" in note]
+    assert said.startswith(f"{len(found)} matrices")
+    assert said.index(f"stored as {kind}") < said.index("norms and the head are stored as float32: ")
 
 
 class Pulled(Exception):
