@@ -220,7 +220,7 @@ def test_merged_answers_as_unmerged_or_merging_is_refused(prepared, name, method
 
 
 @pytest.mark.parametrize(("name", "method_name"), CELLS)
-def test_frozen_parts_stand_in_eval_mode_and_batch_norms_always_do(prepared, name, method_name):
+def test_c26_frozen_parts_stand_in_eval_mode_and_batch_norms_always_do(prepared, name, method_name):
     _, _, loaded = prepared(name)
     model = find.build("methods", method_name, {}, Method).apply(loaded.model, loaded)
     set_mode(model)

@@ -184,7 +184,7 @@ print(json.dumps(torch.softmax(logits[0], -1).tolist()))
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_merging_goes_onto_the_weights_that_the_bits_stand_for(quantized, kind, options):
+def test_c37_merging_goes_onto_the_weights_that_the_bits_stand_for(quantized, kind, options):
     ready = checking.prepare(quantized(kind=kind, method={"name": "lora", "r": 4, **options}))
     task, loaded = checking.load(ready)
     model = ready.method.apply(loaded.model, loaded).eval()
