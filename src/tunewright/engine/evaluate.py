@@ -12,7 +12,7 @@ from torch import nn
 from tunewright.contracts import Example, Loaded, Prediction, Record, Task
 from tunewright.engine import memory
 from tunewright.engine.distributed import split_rows, to_device
-from tunewright.engine.precision import compute_in
+from tunewright.engine.precision import compute_in, stored
 from tunewright.errors import Fault, TrainError
 
 Show = Callable[[int], object]
@@ -61,9 +61,8 @@ def predict_rows(
         return found
 
     model.eval()
-    # float32 on a CPU; weights that are stored in half precision (model.dtype) need autocast beside a float32 head
-    half = device.type == "cuda" or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    with torch.inference_mode(), compute_in("bf16" if half else "float32", device):
+    precision = "bf16" if device.type == "cuda" else stored(model, "float32")
+    with torch.inference_mode(), compute_in(precision, device):
         answers = split_rows(order, ask)
     return [answers[place] for place in sorted(range(len(order)), key=lambda place: order[place])]
 

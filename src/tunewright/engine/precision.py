@@ -9,8 +9,11 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from tunewright.contracts import Precision
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 def choose_precision(asked: str, device: torch.device, stored: Precision | None = None) -> tuple[Precision, str]:
@@ -28,6 +31,14 @@ def choose_precision(asked: str, device: torch.device, stored: Precision | None 
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bf16", "the CPU has AVX512-bf16"
     return "float32", "this device has no bf16 units"
+
+
+def stored(model: nn.Module, chosen: Precision) -> Precision:
+    """`chosen`, or bf16 where weights are stored in half precision (model.dtype).
+
+    Beside what trains, which is float32, they can be multiplied under autocast alone.
+    """
+    return "bf16" if any(p.dtype in HALF for p in model.parameters()) else chosen
 
 
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -32,6 +32,10 @@ def train_in_float32(model: nn.Module) -> None:
             raise MethodError(Fault(problem, where="model.quantize", remedy=remedy))
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    for module in model.modules():  # a batch norm's statistics must have the format of its weights
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for buffer in (b for b in module.buffers(recurse=False) if b.is_floating_point()):
+                buffer.data = buffer.data.to(torch.float32)
 
 
 def set_mode(model: nn.Module, *, dropout: bool = True, train_batch_norm: bool = False) -> None:

@@ -130,7 +130,9 @@ def _logits(model: nn.Module, ids: Tensor, real: int) -> Tensor:
     """Logits of the first `real` tokens, or of the row where there is one answer a row."""
     ids = ids.to(next(model.parameters()).device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < real).long().unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())  # beside a float32 head
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits[:, :real].float() if logits.ndim == 3 else logits.float()
 
 
