@@ -242,6 +242,14 @@ def llama(tmp_path_factory):
     return tiny.causal_lm(tmp_path_factory.mktemp("llama"), **WIDE)
 
 
+def test_c39_products_of_four_bits_are_computed_in_a_format_that_was_chosen(llama, monkeypatch):
+    """Left open it would be that of the first input, or float16."""
+    assert {layer.compute_dtype for layer in layers(opened(llama).model).values()} == {torch.float32}
+    for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(quantize, "_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert quantize.settings("nf4", [], "cuda").bnb_4bit_compute_dtype == expected
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 @pytest.mark.parametrize("base", ["gpt2", "llama"])

@@ -26,6 +26,7 @@ from tunewright.engine import optimizers
 from tunewright.engine.evaluate import predict_rows
 from tunewright.engine.finite import stop_unless_finite
 from tunewright.engine.fit import Workplace, accumulate, fit, judge
+from tunewright.engine.packing import packed_collate
 from tunewright.engine.precision import stored
 from tunewright.errors import MethodError, RecipeError, TrainError
 from tunewright.models.surgery import set_mode
@@ -36,6 +37,7 @@ from tunewright.runs import checking, training
 TASKS, CELLS = find.names("tasks"), every_cell()
 FOLDING = [(task, name) for task, name in CELLS if find.find("methods", name, Method).folds]
 BEFORE = [(task, name) for task, name in CELLS if not find.find("methods", name, Method).packs]  # prompts, prefixes
+PACKING = [(t, m) for t, m in CELLS if find.find("tasks", t, Task).packs and find.find("methods", m, Method).packs]
 SGD = {
     "optim": "sgd", "learning_rate": 0.1, "precision": "float32", "warmup_steps": 0, "max_grad_norm": 0,
     "logging_steps": 1,
@@ -46,6 +48,7 @@ def test_there_are_tasks_and_methods_to_try():
     assert len(TASKS) >= 4
     assert len(FOLDING) >= 12
     assert len(BEFORE) >= 4
+    assert len(PACKING) >= 8
 
 
 # ------------------------------------------------------------------------- ground
@@ -154,6 +157,22 @@ def test_c04_the_short_last_step_of_an_epoch_is_divided_by_what_it_has(prepared,
     assert same(slopes, mixed([(g, 1 / count) for g, _, _ in parts]))
     assert not same(slopes, mixed([(g, 0.5 / count) for g, _, _ in parts]), atol=1e-2)
     assert logs["loss"] == pytest.approx(sum(cost for _, cost, _ in parts) / count, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "method_name"), PACKING)
+def test_c17_packed_rows_give_the_update_of_padded_ones_under_every_method(prepared, name, method_name):
+    ready, task, loaded = prepared(name)
+    method = build(method_name)
+    model = applied(method, loaded)
+    examples = [task.encode(r, loaded) for r in ready.data.train[:8]]
+    joined = {key: torch.cat([e[key] for e in examples[:3]]) for key in ("input_ids", "labels")}
+    examples = [examples[0] | joined | {"length": len(joined["labels"])}, *examples[3:]]
+    packed, padded = packed_collate(examples), task.collate(examples)
+    assert len(packed["input_ids"]) < len(padded["input_ids"])
+    (one, log), (two, other) = (step(task, method, model, loaded, [batch]) for batch in (packed, padded))
+    assert same(one, two)
+    assert log["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert log["items"] == other["items"]
 
 
 WEIGHTED = [n for n in TASKS if "class_weights" in find.find("tasks", n, Task).__dataclass_fields__]
