@@ -38,7 +38,7 @@ COMMON: dict[str, list[str]] = {
     "layers: last 2 blocks": ["method=layers", "method.last=2"],
     "layers: discriminative": ["method=discriminative"],
     "layers: gradual unfreezing": ["method=gradual-unfreezing"],
-    "layers: slow unfreezing": ["method=gradual-unfreezing", "method.unfreeze=0.9", "method.layer_decay=0.385"],
+    "layers: slow unfreezing": ["method=layers", "method.unfreeze=0.9", "method.layer_decay=0.385"],
     "layers: biases (BitFit)": ["method=bitfit"],
     "layers: head first (LP-FT)": ["method=lp-ft"],
     "lora": ["method=lora"],
@@ -50,7 +50,8 @@ COMMON: dict[str, list[str]] = {
 TEXT_ONLY: dict[str, list[str]] = {
     "lora, PiSSA": ["method=lora", "method.init_lora_weights=pissa"],
     "qlora": ["method=qlora"],
-    "bottleneck, Houlsby": ["method=bottleneck", "method.placement=houlsby"],
+    "bottleneck, Pfeiffer": ["method=bottleneck", "method.placement=pfeiffer"],
+    "bottleneck, parallel": ["method=bottleneck", "method.placement=parallel"],
     "prefix": ["method=prefix"],
     "prompt": ["method=prompt"],
 }

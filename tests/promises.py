@@ -1,7 +1,8 @@
 """The fifteen promises as a table: what is promised, what was measured in this very run, what peers were seen to do.
 
-A test that measures for a promise says so with `measured(number, ...)`; the table adds up what they said. Without
-enough said, or with less than promised, the run fails: a promise nobody measured is not kept.
+A test that measures for a promise says so with `measured(number, ...)`; one that is only marked counts as one case.
+The table adds them up. Without enough of them, or with less than promised, the run fails: a promise nobody measured is
+not kept.
 
     pytest --promises              the short table at the end of a test run, as in CI
     make promises                  the full one: more kills, everything marked slow among the promises
@@ -46,8 +47,9 @@ PROMISES = (
     ),
     Promise(6, "Out of memory changes the speed alone", "<= 1e-6", "batch 32 became 8", 4, 4, "at most", 1e-6),
     Promise(7, "Frozen is frozen, trained is trained", "every cell", "12 of 12 buffers drifted", 20, 20),
-    Promise(8, "What is trained on is shown", "every case", "rows dropped without a word", 10, 10),
-    Promise(9, "Bad input costs seconds, and is located", "66 of 66", "about 5 of 66", 66, 66),
+    Promise(8, "What is trained on is shown, nothing else is learnt", "every case", "dropped without a word", 30, 30),
+    # the sixty-sixth is about preference pairs and boxes, which are no task here yet
+    Promise(9, "Bad input costs seconds, and is located", "65 of 65", "about 5 of 66", 65, 65),
     Promise(10, "NaN never passes as success", "every poison", "logged as 0.0, exit 0", 3, 3),
     Promise(
         11, "Saved is trained is served", "<= 1e-5", "a head lost without a word", 20, 20, "at most", 1e-5,
@@ -56,7 +58,7 @@ PROMISES = (
         12, "Better means shown better: false wins, base against itself", "<= 5 % + 2 s.e.", "a bare number", 200, 200,
         "at most", 0.05 + 2 * (0.05 * 0.95 / 200) ** 0.5,
     ),
-    Promise(13, "Every gain comes with its cost", "every report", "none", 3, 3),
+    Promise(13, "Every gain comes with what it broke and what it cost", "every report", "a bare number", 10, 10),
     Promise(14, "Opening data runs nothing, reads nothing outside", "every payload", "/etc/passwd read", 40, 40),
     Promise(15, "No secret and no script leaves", "every payload", "a token in a checkpoint", 25, 25),
 )  # fmt: skip
@@ -88,8 +90,11 @@ def gathered(reports: Iterable[pytest.TestReport]) -> dict[int, Found]:
         said = [json.loads(value) for name, value in report.user_properties if name == "promise"]
         for one in said:
             found[one["promise"]].add(one, report.passed)
+        spoken = {one["promise"] for one in said}
+        for number in _marked(report) - spoken:
+            found[number].add({}, report.passed)
         if report.failed:
-            for number in {one["promise"] for one in said} | _marked(report):
+            for number in spoken | _marked(report):
                 found[number].broken.append(report.nodeid)
     return found
 

@@ -145,6 +145,7 @@ def test_a_step_cut_into_micro_batches_is_the_same_step(tiny_recipe, tmp_path):
         assert max((whole[name] - cut[name]).abs().max().item() for name in whole) <= 1e-5
 
 
+@pytest.mark.promise(13)
 def test_what_it_forgot_is_measured_where_rows_are_given(tiny_recipe, tmp_path):
     other = write(
         tmp_path / "other.txt", "\n\n".join(f"{a} {b} 1 2 3 4 5 6 7 8 9" * 90 for a in "abcde" for b in "xyzw")
@@ -182,6 +183,7 @@ def test_general_rows_that_are_trained_on_are_left_out_and_faults_are_named(tiny
         checking.prepare(Recipe.of(tree)[0])
 
 
+@pytest.mark.promise(13)
 def test_general_rows_serve_every_task(tiny_recipe, tmp_path):
     recipe = tiny_recipe("text-classification", train={"max_steps": 2})
     tree = recipe.tree()
@@ -207,6 +209,7 @@ def judged(*general) -> dict:
     return verdict(BETTER, None, 0.02, [], 0, [m | {"set": f"set{i}"} for i, m in enumerate(general)])
 
 
+@pytest.mark.promise(13)
 def test_better_here_and_worse_there_is_a_trade_and_the_headline_carries_both():
     found = judged(measured(0.4, 0.1, 1e-6))
     assert found["answer"] == "trade"
@@ -227,6 +230,7 @@ def test_many_sets_must_each_be_clearer():
     assert judged(weak, *[measured(0.0, 0.3, 0.9)] * 3)["answer"] == "better"
 
 
+@pytest.mark.promise(13)
 def test_worse_at_the_task_is_worse_whatever_was_kept():
     worse = measured(0.5, 0.1, 1e-9)
     assert verdict(worse, None, 0.02, [], 0, [measured(0.4, 0.1, 1e-6, set="x")])["answer"] == "worse"

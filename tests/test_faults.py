@@ -1,93 +1,36 @@
-"""What goes wrong while a run is under way: full disks, signals, memory, NaN, damage, changed minds, two at once.
+"""What goes wrong while a run is under way: full disks, NaN, strange losses, changed minds, damage.
 
-Each fault is made for real where it can be (a small tmpfs, kill, a cut file); each run is then ended by the same
-command and compared with the run that nobody disturbed.
+Each fault is made for real where it can be (a small tmpfs, a cut file); each run is then ended by the same command and
+compared with the run that nobody disturbed. Signals and memory have files of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import same_answers, tiny_tree, write_text_rows
-from safetensors.torch import load_file
-from test_engine import DAMAGE, Counting, One, tiny_checkpoint
+from conftest import write_text_rows
+from fault_runs import SHORT, At, Killed, bytes_of, fit_one, killed, logged, run_of, said_while
+from test_engine import DAMAGE, tiny_checkpoint
 
 from tunewright import find
-from tunewright.contracts import Callback, Loaded, Loss, Method, State, Task
-from tunewright.data.batches import Steps
-from tunewright.engine import checkpoint, keeping, memory
+from tunewright.contracts import Callback, Loss, Method, State, Task
+from tunewright.engine import checkpoint, keeping
 from tunewright.engine.callbacks import Log, Suspicion
-from tunewright.engine.evaluate import predict_rows
-from tunewright.engine.fit import fit
 from tunewright.errors import RunError, TrainError
 from tunewright.recipe import Recipe, TrainSpec
 from tunewright.rundir import RunDir
-from tunewright.runs import checking, training
-from tunewright.runs.training import train
-
-TASKS = find.names("tasks")
-HERE = Path(__file__).parent
-SHORT = {"max_steps": 9, "save_steps": 2, "logging_steps": 1, "precision": "float32", "learning_rate": 1e-3}
-
-
-class At(Callback):
-    """Does something after some steps."""
-
-    def __init__(self, **what: Any) -> None:
-        self.what = {int(name[1:]): call for name, call in what.items()}
-
-    def on_step(self, state, logs):
-        if state.step in self.what:
-            self.what[state.step]()
-
-
-class Killed(BaseException):
-    """As a kill -9: nothing catches it."""
-
-
-def killed() -> None:
-    raise Killed
-
-
-def run_of(recipe: Recipe, out: Path, *callbacks: Callback, **keys: Any) -> tuple[RunDir, list[str]]:
-    said: list[str] = []
-    return train(recipe, out, quiet=True, say=said.append, callbacks=callbacks, **keys), said
-
-
-def said_while(error: type[BaseException], recipe: Recipe, out: Path, *callbacks: Callback) -> tuple[str, list[str]]:
-    """What a run says that ends with this error."""
-    said: list[str] = []
-    with pytest.raises(error) as found:
-        train(recipe, out, quiet=True, say=said.append, callbacks=callbacks)
-    return str(found.value), said
-
-
-def bytes_of(out: Path) -> dict[str, str]:
-    """What must not differ: weights, the last checkpoint with its optimiser, and both logs without their clock."""
-    last = max((out / "checkpoints").glob("[0-9]*"))
-    files = [*(out / "model").glob("*.safetensors"), *last.glob("*.safetensors")]
-    assert len(files) == 3
-    found = {f"{p.parent.name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    for name in ("metrics", "evaluations"):
-        path = out / f"{name}.jsonl"
-        lines = [json.loads(x) | {"seconds": 0} for x in path.read_text().splitlines()] if path.exists() else []
-        found[name] = json.dumps(lines)
-    return found
+from tunewright.runs import training
 
 
 # ------------------------------------------------------------------------ full disk
@@ -178,28 +121,6 @@ def test_a_full_disk_after_training_exits_1_and_the_same_command_finishes(
     assert (disk.path / "run" / "report.html").stat().st_size > 1000
 
 
-@dataclasses.dataclass(frozen=True)
-class Judged(Counting):
-    metrics = (find.find("tasks", "text-classification", Task).metrics[0],)
-
-
-def fit_one(
-    folder: Path, spec: TrainSpec, *callbacks: Callback, rows=(1.0,), evaluate=None, task: Task | None = None, **keys
-):
-    """`fit` on the model of one weight. Its gradient is the mean of the rows."""
-    examples = [{"row": f"r{i}", "x": torch.tensor([float(x)])} for i, x in enumerate(rows)]
-    steps = Steps(
-        examples, Counting().collate, lambda e, rng: e, seed=0, batch_size=spec.per_device_train_batch_size,
-        accumulation=1, epochs=1, max_steps=spec.max_steps,
-    )  # fmt: skip
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    full = find.build("methods", "full", {}, Method)
-    return fit(
-        task or Judged(), full, Loaded(One(), None, None), steps, spec, RunDir(folder), digest="d", callbacks=callbacks,
-        evaluate=evaluate, **keys,
-    )  # fmt: skip
-
-
 @pytest.mark.promise(4)
 @pytest.mark.parametrize("room_again", [7, 99])
 def test_the_best_weights_found_while_the_disk_was_full_are_not_lost(tmp_path, monkeypatch, measured, room_again):
@@ -264,362 +185,6 @@ def test_what_a_killed_save_left_makes_room_at_the_next_start(tmp_path):
     path.rename(path.with_name("000002.tmp-replaced"))  # killed between the two renames of a save of the same step
     assert checkpoint.latest(run, "digest")[0].name == "000002"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000002"]
-
-
-# ------------------------------------------------------------------------- signals
-class Commands:
-    """`tunewright` in children of a process that has everything imported."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.number = folder, 0
-        path = os.pathsep.join([str(HERE), *sys.path])
-        self.worker = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert self.worker.stdout.readline() == "ready\n"
-
-    def ask(self, **what: Any) -> int:
-        self.worker.stdin.write(json.dumps(what) + "\n")
-        self.worker.stdin.flush()
-        return int(self.worker.stdout.readline())
-
-    def start(self, *words: object, wait_at: str = ":0::") -> tuple[int, Path]:
-        """Its process id, and the file that it speaks into. Returns once it has come to the place `wait_at`."""
-        self.number += 1
-        said, mark = self.folder / f"{self.number}.said", self.folder / f"{self.number}.mark"
-        pid = self.ask(words=[str(w) for w in words], env={"WAIT_AT": f"{wait_at}:{mark}"}, out=str(said))
-        end = time.monotonic() + 120
-        while wait_at != ":0::" and not mark.exists():
-            assert time.monotonic() < end, said.read_text()
-            time.sleep(0.01)
-        return pid, said
-
-    def wait(self, pid: int) -> int:
-        return self.ask(wait=pid)
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory):
-    found = Commands(tmp_path_factory.mktemp("commands"))
-    yield found
-    found.worker.stdin.close()
-    found.worker.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def slow(commands):
-    """The words of a command that trains twelve steps and validates every third, and its undisturbed run's bytes."""
-    folder = commands.folder
-    tree = tiny_tree("text-classification", folder / "data") | {"task": "fault_tasks:Slow"}
-    validation = write_text_rows(folder / "data" / "validation.csv", 16, seed=9)
-    tree["data"] = {**tree["data"], "validation": str(validation)}
-    tree["train"] = SHORT | {"max_steps": 12, "eval_steps": 3}
-    file = folder / "recipe.yaml"
-    file.write_text(json.dumps(tree))
-    assert commands.ask(here=["train", str(file), f"output_dir={folder / 'whole'}"]) == 0
-    assert len((folder / "whole" / "evaluations.jsonl").read_text().splitlines()) == 4
-    return lambda out: ("train", file, f"output_dir={out}"), bytes_of(folder / "whole")
-
-
-def newest(out: Path) -> int:
-    return max((int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()), default=0)
-
-
-# where the signal comes -> the step whose checkpoint must stand when the process has left
-MOMENTS = {
-    "load:1:0.3": 0,  # before there is anything to save
-    "loss:1:0.3": 1,
-    "loss:5:0.3": 5,
-    "_write:2:0.3": 5,  # in the save of step 4: the step after it is finished
-    "predict:2:0.3": 6,  # in the evaluation after step 6
-    "loss:12:0.3": 12,
-    "_write:6:0.3": 12,  # in the last save: nothing may swallow the signal
-    "_answers:1:0.3": 12,  # while the test rows are answered
-    "write_report:1:0.3": 12,
-}
-
-
-@pytest.mark.parametrize(
-    ("moment", "number"),
-    [(moment, signal.SIGTERM) for moment in MOMENTS]
-    + [(moment, signal.SIGINT) for moment in ("loss:5:0.3", "predict:2:0.3", "_answers:1:0.3")],
-)
-def test_a_signal_saves_the_step_and_the_same_command_continues(commands, slow, tmp_path, moment, number):
-    words, whole = slow
-    out = tmp_path / "run"
-    pid, said = commands.start(*words(out), wait_at=moment)
-    began = time.monotonic()
-    os.kill(pid, number)
-    code = commands.wait(pid)
-    seconds = time.monotonic() - began
-    print(f"{number.name} at {moment}: left with {code} after {seconds:.2f} s")
-    assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], said.read_text()
-    assert newest(out) == MOMENTS[moment]
-    assert "Traceback" not in said.read_text()
-    assert seconds < 5
-    pid, said = commands.start(*words(out))
-    assert commands.wait(pid) == 0, said.read_text()
-    assert bytes_of(out) == whole, "weights, optimiser, and every evaluation once"
-    assert ("Continuing after step" in said.read_text()) == (MOMENTS[moment] > 0)
-
-
-@pytest.mark.parametrize("how", ["20", "busy"])
-def test_a_second_ctrl_c_leaves_at_once(commands, slow, tmp_path, how):
-    """Also out of one long call into torch, between whose beginning and end Python runs no handlers."""
-    words, whole = slow
-    out = tmp_path / "run"
-    pid, _ = commands.start(*words(out), wait_at=f"loss:5:{how}")
-    time.sleep(0.3)
-    os.kill(pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z", "the first one alone does not end it"
-    began = time.monotonic()
-    os.kill(pid, signal.SIGINT)
-    code = commands.wait(pid)
-    seconds = time.monotonic() - began
-    print(f"second SIGINT, {how}: left with {code} after {seconds:.2f} s")
-    assert code == 130
-    assert seconds < 1
-    assert newest(out) == 4, "without a save, as asked"
-    pid, said = commands.start(*words(out))
-    assert commands.wait(pid) == 0, said.read_text()
-    assert bytes_of(out) == whole
-
-
-def test_the_command_itself_leaves_with_143(slow, tmp_path):
-    """Without any of the test's machinery: `python -m tunewright`, SIGTERM, and the same again."""
-    words, _ = slow
-    mark, out = tmp_path / "mark", tmp_path / "run"
-    path = os.pathsep.join([str(HERE), *sys.path])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WAIT_AT": f"loss:5:0.5:{mark}"}
-    command = [sys.executable, "-m", "tunewright", *map(str, words(out))]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not mark.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Saved after step 5 of 12" in said
-    assert newest(out) == 5
-
-
-@pytest.mark.slow
-def test_two_ranks_leave_together_and_continue(tmp_path):
-    """SIGTERM to torchrun, which hands it on."""
-    tree = tiny_tree("text-classification", tmp_path) | {"task": "fault_tasks:Slow"}
-    tree["train"] = SHORT | {"max_steps": 12, "per_device_train_batch_size": 4}
-    file, mark = tmp_path / "recipe.yaml", tmp_path / "mark"
-    file.write_text(json.dumps(tree))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
-
-    def start(out: str, wait_at: str = ":0::") -> subprocess.Popen:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = str(found.getsockname()[1])
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-        return subprocess.Popen(
-            [*launch, "-m", "tunewright", "train", str(file), f"output_dir={tmp_path / out}"],
-            env=env | {"WAIT_AT": wait_at}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    process = start("killed", f"loss:5:0.5:{mark}")
-    while not mark.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    print(f"torchrun left with {process.returncode}")
-    assert process.returncode != 0
-    assert "Saved after step 5 of 12" in said
-    assert newest(tmp_path / "killed") == 5
-    for out in ("killed", "whole"):
-        process = start(out)
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
-
-
-# -------------------------------------------------------------------------- memory
-class Fails(torch.autograd.Function):
-    """The identity, until memory is wanting in its backward."""
-
-    @staticmethod
-    def forward(ctx, value):
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-def little_memory(patch, name: str, rows: int, where: str = "loss", after: int = 0) -> type[Task]:
-    """This task runs out of memory in loss or backward, or answering, of more than so many rows; not before the
-    call number `after`."""
-    kind, calls = find.find("tasks", name, Task), [0]
-    loss, predict = kind.loss, kind.predict
-
-    def num(batch) -> int:
-        return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor))
-
-    def short_loss(self, model, batch, loaded):
-        calls[0] += 1
-        if calls[0] <= after or num(batch) <= rows:
-            return loss(self, model, batch, loaded)
-        if where == "loss":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        found = loss(self, model, batch, loaded)
-        return Loss({term: Fails.apply(value) for term, value in found.totals.items()}, found.logs)
-
-    def short_predict(self, model, batch, loaded):
-        if len(batch["row"]) > rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return predict(self, model, batch, loaded)
-
-    if where == "predict":
-        patch.setattr(kind, "predict", short_predict)
-    else:
-        patch.setattr(kind, "loss", short_loss)
-    return kind
-
-
-STEPPED = {
-    "max_steps": 3, "per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 0.1, "precision": "float32",
-    "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0, "logging_steps": 1, "save_steps": 1,
-}  # fmt: skip
-
-
-def trained(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
-
-
-def logged(out: Path, key: str) -> list[float]:
-    return [json.loads(line)[key] for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def enough(tiny_recipe, tmp_path_factory):
-    """Each task with enough memory: recipe and run folder. Two micro-batches of eight rows a step."""
-    made = {}
-
-    def make(task: str, **train: Any) -> tuple[Recipe, Path]:
-        key = (task, *sorted(train))
-        if key not in made:
-            recipe = tiny_recipe(task, train=STEPPED | {"gradient_accumulation_steps": 2} | train)
-            made[key] = recipe, run_of(recipe, tmp_path_factory.mktemp("enough") / task)[0].path
-        return made[key]
-
-    return make
-
-
-def test_a_cut_batch_has_every_row_once_and_its_lists_with_it():
-    for rows in range(1, 18):
-        batch = {"row": [f"r{i}" for i in range(rows)], "x": torch.arange(rows), "documents": ["a"] * (rows + 3)}
-        for pieces in (1, 2, 4, 8, 16, 32):
-            cut = memory.cut(batch, pieces)
-            assert [len(piece["x"]) for piece in cut] == [len(piece["row"]) for piece in cut]
-            assert torch.cat([piece["x"] for piece in cut]).tolist() == list(range(rows))
-            assert [row for piece in cut for row in piece["row"]] == batch["row"]
-            assert all(piece["documents"] == batch["documents"] for piece in cut)
-            assert max(len(piece["x"]) for piece in cut) <= -(-rows // min(pieces, rows))
-
-
-@pytest.mark.promise(6)
-@pytest.mark.parametrize("where", ["loss", "backward", "second backward"])
-@pytest.mark.parametrize("task", TASKS)
-def test_out_of_memory_gives_the_same_update(enough, tmp_path, monkeypatch, measured, task, where):
-    """second backward: gradients of the first micro-batch are there already, and must not count twice."""
-    recipe, whole = enough(task, packing=False) if task in ("sft", "causal-lm") else enough(task)
-    little_memory(monkeypatch, task, 4, where.split()[-1], after=1 if where.startswith("second") else 0)
-    run, said = run_of(recipe, tmp_path / "run")
-    told = [line for line in said if "Out of memory" in line]
-    assert len(told) == 1
-    assert "in step 1: micro-batches of 8 rows are cut into 2 pieces" in told[0]
-    one, two = trained(whole), trained(run.path)
-    worst = max((one[name] - two[name]).abs().max().item() for name in one)
-    assert worst <= 1e-6
-    assert logged(run.path, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-6)
-    assert logged(run.path, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-5)
-    measured(6, value=worst)
-
-
-@pytest.mark.promise(6)
-@pytest.mark.parametrize("task", [t for t in TASKS if find.find("tasks", t, Task).packs])
-def test_out_of_memory_with_packed_rows_gives_the_same_update(enough, tmp_path, monkeypatch, measured, task):
-    recipe, whole = enough(task, packing=True)
-    little_memory(monkeypatch, task, 1)
-    run, said = run_of(recipe, tmp_path / "run")
-    assert [line for line in said if "Out of memory" in line]
-    one, two = trained(whole), trained(run.path)
-    worst = max((one[name] - two[name]).abs().max().item() for name in one)
-    assert worst <= 1e-6
-    assert logged(run.path, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-6)
-    measured(6, value=worst)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_a_run_that_was_cut_for_memory_is_cut_when_it_continues(enough, tmp_path, monkeypatch, task):
-    recipe, _ = enough(task, packing=False) if task in ("sft", "causal-lm") else enough(task)
-    little_memory(monkeypatch, task, 2)
-    whole, _ = run_of(recipe, tmp_path / "whole")
-    said_while(Killed, recipe, tmp_path / "run", At(_3=killed))
-    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "000002")[0].pieces == 4
-    run, said = run_of(recipe, tmp_path / "run")
-    assert not [line for line in said if "Out of memory" in line], "it knows"
-    assert bytes_of(run.path) == bytes_of(whole.path)
-
-
-def test_a_single_row_that_does_not_fit_is_an_error_with_a_remedy(tiny_recipe, tmp_path, monkeypatch):
-    recipe = tiny_recipe(train=STEPPED)
-    little_memory(monkeypatch, "text-classification", 0)
-    text, said = said_while(TrainError, recipe, tmp_path / "run")
-    assert "step 1: memory does not reach for a single row; got CUDA out of memory" in text
-    assert "gradient_checkpointing" in text
-    assert len([line for line in said if "Out of memory" in line]) == 3, "8, 4, 2"
-
-
-def test_rows_that_belong_together_are_not_parted(tmp_path):
-    """Cutting a contrastive batch would change what is learnt."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Coupled(Judged):
-        couples_rows = True
-
-        def loss(self, model, batch, loaded):
-            raise torch.OutOfMemoryError("out of memory")
-
-    spec = TrainSpec(learning_rate=0.1, max_steps=1, per_device_train_batch_size=4)
-    with pytest.raises(TrainError, match=r"4 rows, which this task cannot part.*per_device_train_batch_size"):
-        fit_one(tmp_path, spec, rows=[1.0] * 4, task=Coupled())
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_out_of_memory_while_answering_gives_the_same_answers(tiny_recipe, monkeypatch, task):
-    ready = checking.prepare(tiny_recipe(task))
-    chosen, loaded = checking.load(ready)
-    examples = [chosen.encode(r, loaded) for r in ready.data.test]
-    said: list[str] = []
-    before = predict_rows(chosen, loaded.model, loaded, examples)
-    little_memory(monkeypatch, task, 3, "predict")
-    after = predict_rows(chosen, loaded.model, loaded, examples, say=said.append)
-    same_answers(before, after, abs=1e-6)
-    assert [line.split(":")[1].split(" rows")[0] for line in said] == [" 9", " 4", " 2"]
-    little_memory(monkeypatch, task, 0, "predict")
-    with pytest.raises(TrainError, match=r"single row.*got CUDA out of memory"):
-        predict_rows(chosen, loaded.model, loaded, examples, say=said.append)
-
-
-def test_memory_that_is_wanting_elsewhere_is_no_fault_of_ours(tiny_recipe, tmp_path, monkeypatch, cli):
-    def wanting(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", wanting)
-    tiny_recipe(train=SHORT).write(tmp_path / "recipe.yaml")
-    code, _, said = cli("train", tmp_path / "recipe.yaml", f"output_dir={tmp_path / 'run'}")
-    assert code == 1
-    assert "memory does not reach; got CUDA out of memory" in said
-    assert "Traceback" not in said
 
 
 # ------------------------------------------------------------------------------ NaN
@@ -780,22 +345,6 @@ def test_a_noisy_loss_does_not_warn(seed):
     losses[::97] *= 10
     assert warnings_of(losses.tolist()) == []
     assert warnings_of((losses - 3).tolist()) == []
-
-
-# ----------------------------------------------------------------- two in one folder
-def test_the_second_process_in_a_folder_is_refused_and_told_who_is_there(commands, slow, tmp_path):
-    words, whole = slow
-    out = tmp_path / "run"
-    first, _ = commands.start(*words(out), wait_at="loss:3:3")
-    second, said = commands.start(*words(out))
-    assert commands.wait(second) == 2
-    told = said.read_text()
-    assert f"in use by process {first} on {os.uname().nodename}, started 20" in told
-    os.kill(first, signal.SIGKILL)
-    assert commands.wait(first) == -9
-    third, said = commands.start(*words(out))
-    assert commands.wait(third) == 0, "the lock of a dead process is free"
-    assert bytes_of(out) == whole
 
 
 # ----------------------------------------------------------- what differs on resuming

@@ -155,6 +155,22 @@ def test_c38_merged_dora_rows_have_the_trained_lengths(tiny_recipe):
     torch.testing.assert_close(query(ready.method.merge(model)).weight.norm(dim=1), lengths.abs(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+def test_dora_leaves_out_what_has_no_length(tiny_recipe, task):
+    """A pruned output is 0 all over: its length divided by itself made every loss NaN (seen in MobileNetV2)."""
+    ready = checking.prepare(tiny_recipe(task, method="dora"))
+    _, loaded = checking.load(ready)
+    whole = ready.method.apply(copy.deepcopy(loaded.model), loaded)
+    assert not any("no direction" in note for note in loaded.notes)
+    name = sorted(n for n, m in whole.named_modules() if hasattr(m, "lora_A"))[0].removeprefix("base_model.model.")
+    loaded.model.get_submodule(name).weight.data[1] = 0
+    model = ready.method.apply(loaded.model, loaded)
+    assert sum("DoRA leaves 1 of" in note and name in note for note in loaded.notes) == 1
+    wrapped = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert name not in wrapped
+    assert len(wrapped) == sum(hasattr(m, "lora_A") for m in whole.modules()) - 1
+
+
 def test_pissa_begins_with_the_top_of_numpys_singular_values(tiny_recipe):
     _, _, _, model = adapted(tiny_recipe, r=3, init_lora_weights="pissa")
     layer = query(model)
@@ -214,6 +230,7 @@ def test_what_a_start_does_is_said():
 
 def test_few_matrices_are_recommended_a_higher_rate():
     assert build().recommended()[0] == build(use_dora=True).recommended()[0] == 1e-3
+    assert build(init_lora_weights="pissa").recommended()[0] == pytest.approx(3e-4)
     assert build(target_modules=["q_proj", "v_proj"]).recommended()[0] == 3e-3
     assert build(target_modules=["q_proj", "down_proj"]).recommended()[0] == 1e-3
 
@@ -444,8 +461,8 @@ def grown(tmp_path_factory):
     def make(task: str, tied: bool):
         where = tmp_path_factory.mktemp("grown")
         (where / "base").mkdir()
-        config = {"tie_word_embeddings": tied} if task == "causal-lm" else {}
-        maker = tiny.causal_lm if task == "causal-lm" else tiny.text_encoder
+        config = {} if task == "text-classification" else {"tie_word_embeddings": tied}
+        maker = tiny.text_encoder if task == "text-classification" else tiny.causal_lm
         maker(where / "base", **config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(where / "base")
         assert tokenizer.add_tokens(list(NEW)) == 2
@@ -457,6 +474,17 @@ def grown(tmp_path_factory):
         return Recipe.of(tree | {"method": "lora"})[0]
 
     return make
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sft", "text-classification"])
+def test_row_44_45_tokens_that_the_base_has_no_rows_for_are_named_before_training(grown, cli, task):
+    """The library's own word for it is "index out of range in self", in the first step."""
+    recipe = grown(task, tied=False)
+    tree = {"model": recipe.model.checkpoint, "task": task, "method": "lora", "data": recipe.data.train}
+    code, out, err = cli("check", *(f"{key}={value}" for key, value in tree.items()))
+    assert code == 0, err
+    assert "2 tokens beyond the" in out + err
+    assert "'<tool>', '<end>'" in out + err
 
 
 @pytest.mark.parametrize(("task", "tied"), [("causal-lm", True), ("causal-lm", False), ("text-classification", False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import subprocess
@@ -228,6 +229,30 @@ def test_the_lines_of_the_card_open_every_result_without_us(cell, tmp_path, task
         torch.testing.assert_close(theirs[method], logits, atol=1e-5, rtol=1e-4, msg=method)
     several = torch.stack([logits for logits in ours.values()])
     assert several.std(0).max() > 1e-3, "the methods ended in different places"
+
+
+@pytest.mark.promise(13)
+@pytest.mark.parametrize(("task", "method"), CELLS)
+def test_beside_the_gain_stands_what_it_broke_what_it_cost_and_what_was_not_measured(cell, task, method):
+    run, _ = cell(task, method)
+    evidence = json.loads((run.path / "evidence.json").read_text())
+    verdict, cost, flips = evidence["verdict"], evidence["cost"], evidence.get("flips")
+    page, card = (html.unescape((run.path / name).read_text()) for name in ("report.html", "README.md"))
+    for measure in evidence["measures"]:
+        low, high = measure["ci95"]
+        assert low <= measure["difference"] <= high
+        assert measure["n"] == len(checking.prepare(run.recipe()).data.test)
+    if flips is not None:  # where a row is right or wrong
+        kinds = ("fixed", "broken", "kept_right", "still_wrong")
+        assert sum(flips[kind] for kind in kinds) == evidence["measures"][0]["n"]
+        assert f"fixed {flips['fixed']}, broke {flips['broken']}" in page
+    assert cost["train_seconds"] > 0
+    assert cost["peak_memory_bytes"] > cost["trainable_parameters"] > 0
+    assert verdict["sentence"].partition(":")[0] in page
+    assert verdict["sentence"].partition(":")[0] in card
+    assert any("forgot" in said for said in verdict["not_measured"]), "no rows of other skills were given"
+    for said in verdict["not_measured"]:
+        assert said.partition(" (")[0] in page
 
 
 @pytest.mark.parametrize(("task", "method"), CELLS)

@@ -79,6 +79,7 @@ def costs(model, batch) -> dict[tuple, float]:
     return found
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_c17_packed_costs_what_each_document_costs_alone(family, attention):
@@ -119,6 +120,7 @@ def test_a_model_that_takes_no_positions_is_told_apart_with_the_reason():
     assert "takes no packed rows" in why
 
 
+@pytest.mark.promise(8)
 def test_every_token_stands_once_no_row_is_longer_than_the_longest_and_first_labels_are_off():
     examples = examples_of([17, 3, 9, 1, 16, 5, 2])
     batch = packed_collate(examples)
@@ -145,6 +147,7 @@ def test_tasks_that_pack_are_known():
     assert len(PACKING_TASKS) >= 1
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("task", PACKING_TASKS)
 def test_packed_training_is_padded_training(tiny_recipe, tmp_path, task):
     packed, said = last_weights(tiny_recipe, tmp_path / "packed", task, None)

@@ -110,7 +110,7 @@ def test_an_accident_of_one_rank_ends_all_with_its_reason(runs):
     folder, done = runs
     assert done.returncode != 0
     error = (folder / TASKS[0] / "fails" / "error.txt").read_text()
-    assert "another process of this run stopped: process 1 of 2: no room on this rank" in error
+    assert "another process of this run stopped: process 1 of 2: an accident of this rank" in error
     assert "TrainError" in done.stderr, "the first rank says so in one sentence"
 
 

@@ -231,6 +231,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 # ---------------------------------------------------------------- the page
+@pytest.mark.promise(13)
 def test_the_first_screen_says_verdict_cost_sureness_rows_and_next_step(tmp_path: Path) -> None:
     source = report(text_run(tmp_path))
     first = Page(source[source.index("<main>") : source.index("</section>") + len("</section>")]).text
@@ -251,6 +252,7 @@ def test_the_first_screen_says_verdict_cost_sureness_rows_and_next_step(tmp_path
     assert "no meaningful change (within your 2 points)" in first
 
 
+@pytest.mark.promise(13)
 def test_the_parts_stand_in_fixed_order(run: Path) -> None:
     questions = re.findall(r"<summary><h2>(.*?)</h2>", report(run))
     assert questions == [
@@ -282,6 +284,7 @@ def test_every_chart_has_a_sentence_and_its_table(tmp_path: Path) -> None:
         assert "<svg" in figure
 
 
+@pytest.mark.promise(15)
 def test_nothing_is_fetched_and_nothing_runs(run: Path) -> None:
     source = report(run)
     parsed = Page(source)
@@ -305,6 +308,7 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
     assert write_card(run).read_bytes() == card
 
 
+@pytest.mark.promise(13)
 def test_what_is_absent_is_said_in_its_place(tmp_path: Path) -> None:
     text_run(tmp_path)
     for file in ("data.json", "environment.json", "usage.json", "metrics.jsonl", "evaluations.jsonl", "recipe.yaml"):
@@ -361,6 +365,7 @@ def test_a_task_without_right_and_wrong_shows_its_difference_instead_of_the_stri
 
 
 # ---------------------------------------------------------------- rows
+@pytest.mark.promise(13)
 def test_broken_rows_come_first_and_at_most_sixty_are_shown(tmp_path: Path) -> None:
     text_run(tmp_path, flips=2000)
     source = report(tmp_path)
@@ -451,6 +456,7 @@ def poisoned(value: Any, payload: str, key: str = "") -> Any:
     return value + payload if isinstance(value, str) and key not in KEPT else value
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_markup_in_data_stays_text(tmp_path: Path, payload: str) -> None:
     text_run(tmp_path, flips=6)
@@ -471,6 +477,7 @@ def test_markup_in_data_stays_text(tmp_path: Path, payload: str) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", source)
 
 
+@pytest.mark.promise(15)
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_markup_in_data_does_not_reach_the_card(tmp_path: Path, payload: str) -> None:
     text_run(tmp_path, flips=6)
@@ -504,6 +511,7 @@ def test_the_card_is_read_by_huggingface_hub(tmp_path: Path) -> None:
     assert results["accuracy"].dataset_name == "held-out rows of tickets.jsonl"
 
 
+@pytest.mark.promise(13)
 def test_the_card_says_verdict_scores_use_and_limits(tmp_path: Path) -> None:
     _, text = front_and_body(write_card(text_run(tmp_path)))
     assert "it fixed 210 of 500 rows and broke 10" in text

@@ -82,16 +82,20 @@ def _recipe(recipe: Given, keys: Mapping[str, Any]) -> tuple[Recipe, str | None]
     return Recipe.from_keys(given, tree, name="python", source="python")
 
 
-def train(recipe: Given = None, *, again: bool = False, quiet: bool = False, **keys: Any) -> Run:
+def train(
+    recipe: Given = None, *, again: bool = False, allow_change: bool = False, quiet: bool = False, **keys: Any
+) -> Run:
     """Train, measure, report. `recipe`: a YAML file, a mapping or a Recipe; `keys`: its keys, by their own names.
 
-    Raises tunewright.errors.UserError with all faults before the first step. Continues an unfinished run.
+    Continues an unfinished run; `allow_change` also where rows or options of training differ from then. Raises
+    tunewright.errors.UserError with all faults before the first step, and SystemExit (130, 143) when Ctrl-C or SIGTERM
+    came and the step under way was saved.
     """
     from tunewright.runs.training import train as wire
 
     parsed, output_dir = _recipe(recipe, keys)
     out = Path(output_dir or f"runs/{parsed.digest()}").expanduser()
-    return Run(wire(parsed, out, again=again, quiet=quiet).path)
+    return Run(wire(parsed, out, again=again, quiet=quiet, allow_change=allow_change).path)
 
 
 def check(recipe: Given = None, **keys: Any) -> dict[str, Any]:

@@ -36,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except TunewrightError as error:
         return _fail(error, as_json)
-    except SystemExit as done:  # --help and --version have printed what they were asked for
-        return int(done.code or 0)
     except Interrupted as stop:
         _print_error("Interrupted", str(stop), as_json)
-        return stop.exit_code
+        return int(stop.code or 0)
+    except SystemExit as done:  # --help and --version have printed what they were asked for
+        return int(done.code or 0)
     except KeyboardInterrupt:
         _say("Interrupted.")
         _print_error("KeyboardInterrupt", "interrupted", as_json)

@@ -16,12 +16,18 @@ from types import FrameType
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells count
 
 
-class Interrupted(BaseException):
-    """Somebody wants this process to end. No Exception: nobody may take it for a fault and go on."""
+class Interrupted(SystemExit):
+    """Somebody wants this process to end. No Exception: nobody may take it for a fault and go on.
+
+    A script that does not catch it leaves with the shell's code, as the command does.
+    """
 
     def __init__(self, number: int) -> None:
-        self.exit_code = EXIT_CODES[signal.Signals(number)]
-        super().__init__(signal.Signals(number).name)
+        self.name = signal.Signals(number).name
+        super().__init__(EXIT_CODES[signal.Signals(number)])
+
+    def __str__(self) -> str:
+        return self.name
 
 
 _protected = 0

@@ -32,7 +32,7 @@ SETTINGS, WEIGHTS = "bottleneck_config.json", "adapter.safetensors"
 class Bottleneck(Method):
     # houlsby: behind attention and feed-forward; pfeiffer: behind feed-forward; parallel: beside feed-forward. Before
     # the residual and the norm. In a convolutional net: behind each unit, or beside it
-    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "houlsby"
     reduction_factor: int = 16  # the bottleneck is the sub-layer's width divided by this; 8 to 16
     bottleneck_size: int | None = None  # or this many numbers, whatever the width
     scale: float = 4.0  # of what a parallel adapter adds; 4 as in He et al.

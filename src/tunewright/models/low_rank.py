@@ -76,6 +76,15 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def without_length(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the named layers that have an output with weights of 0 alone: DoRA would divide its length by itself.
+
+    Seen in MobileNetV2, where pruned channels are 0: every loss is NaN from the first step.
+    """
+    weights = {name: quantize.matrix(model.get_submodule(name)) for name in names}
+    return [name for name, matrix in weights.items() if not matrix.flatten(1).any(1).all()]
+
+
 def _wrapper_of_parameters() -> type:
     from peft.tuners.lora.layer import ParamWrapper
 
