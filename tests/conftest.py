@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; set before transformers is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import copy
 import csv
 import json
 import random
@@ -133,6 +134,24 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory):
 
     def make(task_name: str = "text-classification", **keys: Any):
         return Recipe.of(tiny_tree(task_name, root / task_name) | keys)[0]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny_recipe):
+    """`prepared("text-classification")` -> (what `check` prepares, task, a base of one's own to change)."""
+    from tunewright.runs import checking
+
+    made: dict[str, tuple] = {}
+
+    def make(name: str, **keys: Any):
+        key = name + str(keys)
+        if key not in made:
+            ready = checking.prepare(tiny_recipe(name, **keys))
+            made[key] = (ready, *checking.load(ready))
+        ready, task, loaded = made[key]
+        return ready, task, copy.deepcopy(loaded)
 
     return make
 

@@ -149,7 +149,7 @@ def test_dora_is_magnitude_times_direction_of_each_row_and_holds_the_norm_still(
     torch.testing.assert_close(theirs, b.grad, atol=1e-3, rtol=1e-3)
 
 
-def test_merged_dora_rows_have_the_trained_lengths(tiny_recipe):
+def test_c38_merged_dora_rows_have_the_trained_lengths(tiny_recipe):
     ready, _, _, model = adapted(tiny_recipe, use_dora=True)
     moved(model)
     lengths = query(model).lora_magnitude_vector["default"].weight.detach()
@@ -526,7 +526,7 @@ def test_of_the_tables_only_the_rows_of_new_tokens_move(grown, task, tied):
 
 
 @pytest.mark.parametrize(("task", "tied"), [("causal-lm", True), ("causal-lm", False), ("text-classification", False)])
-def test_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_path, task, tied):
+def test_c34_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_path, task, tied):
     import peft
     import transformers
 

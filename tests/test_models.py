@@ -155,7 +155,7 @@ def test_label_logprob_refuses_shapes_that_do_not_fit():
         label_logprob(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
 
 
-def test_causal_logprob_shifts_once():
+def test_c19_causal_logprob_shifts_once():
     """A model that is sure the next token is the present one plus one costs nothing on 0 1 2 3, and much on 3 2 1 0."""
 
     class Counter(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tunewright.contracts import Baseline, Batch, Example, Field, Loaded, Loss, Prediction, Record, Task
 from tunewright.metrics.classification import ACCURACY, LOG_LOSS, MACRO_F1, score_class
-from tunewright.models import classifier, vocabulary
+from tunewright.models import classifier, template, vocabulary
 from tunewright.models.layout import max_positions
 from tunewright.models.load import open_processor, resolve
 from tunewright.recipe import ModelSpec
@@ -57,6 +57,14 @@ class TextClassification(Task):
 
     def fit_to(self, records: Sequence[Record]) -> Task:
         return dataclasses.replace(self, class_weights=classifier.fitted_weights(self.class_weights, records))
+
+    def rows(self, loaded: Loaded, records: Sequence[Record]) -> Sequence[Record]:
+        """All of them. Texts that spell a control token are counted, and read as transformers reads them in serving."""
+        spelled = [r["row"] for r in records if template.holds_control(loaded.processor, [r["text"]])]
+        if spelled:
+            which = f"{len(spelled)} of {len(records)} training rows ({spelled[0]} for one)"
+            loaded.notes.append(f"Control tokens are spelt by {which}: they steer here as they do in a pipeline.")
+        return records
 
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:
         limit = self._limit(loaded)
