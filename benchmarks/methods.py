@@ -50,7 +50,8 @@ COMMON: dict[str, list[str]] = {
 TEXT_ONLY: dict[str, list[str]] = {
     "lora, PiSSA": ["method=lora", "method.init_lora_weights=pissa"],
     "qlora": ["method=qlora"],
-    "bottleneck, Houlsby": ["method=bottleneck", "method.placement=houlsby"],
+    "bottleneck, Pfeiffer": ["method=bottleneck", "method.placement=pfeiffer"],
+    "bottleneck, parallel": ["method=bottleneck", "method.placement=parallel"],
     "prefix": ["method=prefix"],
     "prompt": ["method=prompt"],
 }

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; set before transformers is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import copy
 import csv
 import json
 import random
@@ -137,6 +138,24 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
+@pytest.fixture(scope="session")
+def prepared(tiny_recipe):
+    """`prepared("text-classification")` -> (what `check` prepares, task, a base of one's own to change)."""
+    from tunewright.runs import checking
+
+    made: dict[str, tuple] = {}
+
+    def make(name: str, **keys: Any):
+        key = name + str(keys)
+        if key not in made:
+            ready = checking.prepare(tiny_recipe(name, **keys))
+            made[key] = (ready, *checking.load(ready))
+        ready, task, loaded = made[key]
+        return ready, task, copy.deepcopy(loaded)
+
+    return make
+
+
 @pytest.fixture
 def cli(capsys):
     """`cli("check", ...)` -> (exit code, stdout, stderr)."""
@@ -168,13 +187,22 @@ def measured(record_property):
     return note
 
 
+ROWS_OF_BAD_INPUT = re.compile(r"test_row_((?:\d\d_)+)")  # test_row_29_30_31_...: these rows of the table
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ROWS_OF_BAD_INPUT.match(item.name):
+            item.add_marker(pytest.mark.promise(9))
+
+
 @pytest.fixture(autouse=True)
 def _promised(request: pytest.FixtureRequest) -> None:
     """A test that fails before it could say what it measured still breaks its promise."""
     if mark := request.node.get_closest_marker("promise"):
         request.node.user_properties.append(("promises", json.dumps(mark.args)))
-    # test_29_30_31_...: these rows of the table of bad inputs
-    if number := re.match(r"test_row_((?:\d\d_)+)", request.node.name):
+    if number := ROWS_OF_BAD_INPUT.match(request.node.name):
         rows = [int(n) for n in number[1].split("_") if n]
         request.node.user_properties.append(("promise", json.dumps({"promise": 9, "rows": rows})))
 

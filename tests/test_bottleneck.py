@@ -172,7 +172,9 @@ def test_the_size_is_the_width_over_the_factor_and_never_below_the_least():
     for options, width, size in [({}, 384, 24), ({"reduction_factor": 8}, 384, 48), ({}, 64, LEAST)]:
         model, loaded = bare("ViTModel", "ViTConfig", **VIT | {"hidden_size": width})
         bottleneck(**options).apply(model, loaded)
-        assert [added.size for added in adapters(model).values()] == [size] * 4  # two blocks, behind attention and feed-forward
+        assert [added.size for added in adapters(model).values()] == [
+            size
+        ] * 4  # two blocks, behind attention and feed-forward
 
 
 # -------------------------------------------------------------------- what moves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 
@@ -17,7 +16,6 @@ from tunewright.errors import MethodError
 from tunewright.metrics import statistics
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import Recipe
-from tunewright.runs import checking
 
 TASKS, METHODS, CELLS = find.names("tasks"), find.names("methods"), every_cell()
 
@@ -25,21 +23,6 @@ TASKS, METHODS, CELLS = find.names("tasks"), find.names("methods"), every_cell()
 def test_the_folders_are_not_empty():
     assert len(TASKS) >= 2
     assert len(METHODS) >= 3
-
-
-@pytest.fixture(scope="module")
-def prepared(tiny_recipe):
-    made: dict[str, tuple] = {}
-
-    def make(name: str, **keys):
-        key = name + str(keys)
-        if key not in made:
-            ready = checking.prepare(tiny_recipe(name, **keys))
-            made[key] = (ready, *checking.load(ready))
-        ready, task, loaded = made[key]
-        return ready, task, copy.deepcopy(loaded)
-
-    return make
 
 
 # ----------------------------------------------------------------------- tasks
@@ -220,7 +203,7 @@ def test_merged_answers_as_unmerged_or_merging_is_refused(prepared, name, method
 
 
 @pytest.mark.parametrize(("name", "method_name"), CELLS)
-def test_frozen_parts_stand_in_eval_mode_and_batch_norms_always_do(prepared, name, method_name):
+def test_c26_frozen_parts_stand_in_eval_mode_and_batch_norms_always_do(prepared, name, method_name):
     _, _, loaded = prepared(name)
     model = find.build("methods", method_name, {}, Method).apply(loaded.model, loaded)
     set_mode(model)

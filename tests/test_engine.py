@@ -24,11 +24,11 @@ from tunewright.contracts import Callback, Loaded, Loss, Method, State, Task
 from tunewright.data.batches import Steps, derive_seed
 from tunewright.engine import checkpoint, optimizers, schedules
 from tunewright.engine.fit import fit
-from tunewright.errors import TrainError
+from tunewright.errors import RecipeError, TrainError
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
-from tunewright.runs import checking
+from tunewright.runs import checking, training
 from tunewright.runs.training import train
 
 TASKS = find.names("tasks")
@@ -123,7 +123,7 @@ def fit_counting(tmp_path, rows, spec: TrainSpec, callbacks=(), **kwargs):
     return fit(Counting(), full, loaded, steps, spec, RunDir(tmp_path), digest="d", callbacks=callbacks, **kwargs)
 
 
-def test_the_last_step_of_an_epoch_is_the_mean_of_the_rows_it_has(tmp_path):
+def test_c04_the_last_step_of_an_epoch_is_the_mean_of_the_rows_it_has(tmp_path):
     """Ten rows in steps of four: the third step holds two, and is divided by two."""
     seen = []
 
@@ -159,7 +159,7 @@ def test_clipping_scales_the_whole_gradient_down_to_the_limit(tmp_path):
 
 # ----------------------------------------------------------------------- not finite
 @pytest.mark.promise(10)
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_rows(tmp_path, measured):
+def test_c48_a_loss_that_is_not_finite_stops_before_the_step_and_names_rows(tmp_path, measured):
     spec = TrainSpec(learning_rate=0.1, num_train_epochs=1, per_device_train_batch_size=2, optim="sgd")
     with pytest.raises(TrainError, match=r"step \d+ of 3.*rows r"):
         fit_counting(tmp_path, [1.0, 1.0, 1.0, float("nan"), 1.0, 1.0], spec)
@@ -206,7 +206,7 @@ def test_every_epoch_sees_every_row_once_in_another_order():
 
 
 @pytest.mark.parametrize(("n", "batch", "expected"), [(1, 8, 1), (2, 8, 1), (7, 8, 1), (8, 8, 1), (9, 8, 2)])
-def test_few_rows_still_make_a_step(n, batch, expected):
+def test_c55_few_rows_still_make_a_step(n, batch, expected):
     assert len(make_steps(n=n, batch=batch, accumulation=1, epochs=1)) == expected
 
 
@@ -232,7 +232,7 @@ def test_schedules_against_closed_forms():
     assert schedules.warmup_count(500, 200) == 200
 
 
-def test_the_rate_follows_optimiser_steps_not_micro_batches(tmp_path):
+def test_c44_the_rate_follows_optimiser_steps_not_micro_batches(tmp_path):
     rates = {}
 
     class Watch(Callback):
@@ -278,7 +278,7 @@ def test_optimizer_state_by_name_gives_the_same_next_step(name):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-def test_adamw_decays_matrices_only(tiny_recipe):
+def test_c32_adamw_decays_matrices_only(tiny_recipe):
     ready = checking.prepare(tiny_recipe())
     _, loaded = checking.load(ready)
     method = find.build("methods", "full", {}, Method)
@@ -352,7 +352,7 @@ def test_a_checkpoint_of_another_recipe_is_not_taken(tmp_path):
 
 
 # ------------------------------------------------------------------ early stopping
-def test_early_stopping_restores_the_best_weights(tmp_path):
+def test_c52_early_stopping_restores_the_best_weights(tmp_path):
     """Validation says 1, 2, 1, 1: the weights of the second evaluation are the result."""
     answers, weights = iter([1.0, 2.0, 1.0, 1.0]), []
 
@@ -464,3 +464,32 @@ def test_killed_and_started_again_ends_with_the_same_bytes(tiny_recipe, tmp_path
 def checkpoints_of(out: Path) -> int:
     done = [int(p.name) for p in (out / "checkpoints").glob("*") if p.name.isdigit()] if out.exists() else []
     return max(done, default=0)
+
+
+# ------------------------------------------------------------- a base in half precision
+@pytest.mark.parametrize("method", ["full", "head", "lora"])
+@pytest.mark.parametrize("task", ["text-classification", "image-classification", "sft"])
+def test_a_base_in_half_precision_trains_on_a_machine_without_bf16_units(
+    tiny_recipe, tmp_path, monkeypatch, task, method
+):
+    """Beside the float32 of what trains, its products are taken in bf16 wherever they are; full leaves nothing half."""
+    monkeypatch.setattr(training, "choose_precision", lambda *asked: ("float32", "this device has no bf16 units"))
+    recipe = tiny_recipe(task, method=method, train={"max_steps": 2})
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))
+    said: list[str] = []
+    run = training.train(recipe, tmp_path / "run", quiet=True, say=said.append)
+    assert run.finished
+    assert any("Precision bf16" in text for text in said) == (method != "full")
+
+
+@pytest.mark.parametrize("method", ["head", "lora"])
+def test_float32_asked_of_a_base_in_half_precision_is_refused_before_the_first_step(tiny_recipe, tmp_path, method):
+    recipe = tiny_recipe(method=method, train={"max_steps": 2, "precision": "float32"})
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))
+    with pytest.raises(RecipeError, match=r"train\.precision[^$]*model\.dtype=float32"):
+        checking.check(recipe)
+    with pytest.raises(RecipeError, match=r"train\.precision"):
+        training.train(recipe, tmp_path / "run", quiet=True, say=lambda text: None)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    full = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, name="full"))
+    assert checking.check(full)["ok"], "what trains is float32, so nothing is left in half precision"

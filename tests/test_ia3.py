@@ -126,6 +126,17 @@ def test_a_convolutional_net_has_its_output_channels_scaled(tiny_recipe):
         torch.testing.assert_close(layer(x), base.get_submodule(names[-1])(x) * scale)
 
 
+def test_vectors_of_convolutions_move_at_a_tenth_and_it_is_said(tiny_recipe):
+    for task, share in ((TEXT, 1.0), (IMAGE, 0.1)):
+        ready, _, loaded, model, _ = adapted(tiny_recipe, task)
+        rates = {}
+        for group in ready.method.groups(model, loaded, 0.5, 0.1):
+            rates |= dict.fromkeys((name for name, _ in group["params"] if ".ia3_l." in name), group["lr"])
+        assert set(rates.values()) == {0.5 * share}
+        assert len(rates) == len(vectors(model))
+        assert any("at 0.1 of the learning rate" in note for note in loaded.notes) == (task == IMAGE)
+
+
 # ------------------------------------------------------------------------ counting
 def test_it_trains_a_number_for_each_key_value_and_inner_feature(tiny_recipe):
     blocks, width, inner = 2, 16, 32

@@ -202,7 +202,7 @@ def test_a_shared_weight_is_found_under_each_of_its_names_and_counted_once():
         ("text-classification", {"head_first": True, "match": "classifier"}, "nothing but the head trains"),
     ],
 )  # fmt: skip
-def test_a_selection_that_finds_nothing_is_refused_with_what_there_is(tiny_recipe, task, options, said):
+def test_c57_a_selection_that_finds_nothing_is_refused_with_what_there_is(tiny_recipe, task, options, said):
     with pytest.raises(MethodError, match=said):
         applied(tiny_recipe, task, **options)
 
@@ -301,7 +301,7 @@ STAGES: dict[str, tuple[str, dict[str, Any], list[tuple[str, ...]], list[int]]] 
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_in_each_stage_exactly_the_unfrozen_set_moves(fitted, monkeypatch, name):
+def test_c28_in_each_stage_exactly_the_unfrozen_set_moves(fitted, monkeypatch, name):
     task, options, stages, switches = STAGES[name]
     monkeypatch.setattr(module, "solve_head", lambda *a: None)  # LP-FT where the head cannot be solved
     made = fitted(task, method={"name": "layers", **options})
@@ -366,7 +366,7 @@ def test_advance_is_a_pure_function_of_progress(tiny_recipe):
         assert not method.advance(model, loaded, step / 12)
 
 
-def test_moments_of_old_groups_go_on_and_those_of_new_ones_begin_at_zero(fitted, monkeypatch):
+def test_c29_moments_of_old_groups_go_on_and_those_of_new_ones_begin_at_zero(fitted, monkeypatch):
     """Adam's running mean at the end is that of all gradients since the parameter was unfrozen, and of no other."""
     slopes = defaultdict(list)
 
@@ -425,7 +425,7 @@ RESUMED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_resumed_in_any_stage_ends_with_the_same_bytes(fitted, monkeypatch, name):
+def test_c30_resumed_in_any_stage_ends_with_the_same_bytes(fitted, monkeypatch, name):
     """Killed in the middle of every stage and at each switch, and continued."""
     options, kills = RESUMED[name]
     if name == "stepped":

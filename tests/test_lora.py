@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import tempfile
 import warnings
@@ -19,7 +20,7 @@ from tunewright.contracts import Callback, Layout, Loaded, Method
 from tunewright.errors import MethodError, RecipeError
 from tunewright.models import low_rank, tiny, vocabulary
 from tunewright.models.layout import layout_of
-from tunewright.recipe import Recipe
+from tunewright.recipe import Choice, Recipe, TrainSpec
 from tunewright.runs import checking
 from tunewright.runs.prediction import open_run
 from tunewright.runs.training import train
@@ -148,7 +149,7 @@ def test_dora_is_magnitude_times_direction_of_each_row_and_holds_the_norm_still(
     torch.testing.assert_close(theirs, b.grad, atol=1e-3, rtol=1e-3)
 
 
-def test_merged_dora_rows_have_the_trained_lengths(tiny_recipe):
+def test_c38_merged_dora_rows_have_the_trained_lengths(tiny_recipe):
     ready, _, _, model = adapted(tiny_recipe, use_dora=True)
     moved(model)
     lengths = query(model).lora_magnitude_vector["default"].weight.detach()
@@ -230,6 +231,7 @@ def test_what_a_start_does_is_said():
 
 def test_few_matrices_are_recommended_a_higher_rate():
     assert build().recommended()[0] == build(use_dora=True).recommended()[0] == 1e-3
+    assert build(init_lora_weights="pissa").recommended()[0] == pytest.approx(3e-4)
     assert build(target_modules=["q_proj", "v_proj"]).recommended()[0] == 3e-3
     assert build(target_modules=["q_proj", "down_proj"]).recommended()[0] == 1e-3
 
@@ -524,7 +526,7 @@ def test_of_the_tables_only_the_rows_of_new_tokens_move(grown, task, tied):
 
 
 @pytest.mark.parametrize(("task", "tied"), [("causal-lm", True), ("causal-lm", False), ("text-classification", False)])
-def test_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_path, task, tied):
+def test_c34_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_path, task, tied):
     import peft
     import transformers
 
@@ -550,6 +552,21 @@ def test_new_tokens_are_saved_and_opened_by_the_lines_of_the_card(grown, tmp_pat
         own = task_object.predict(model, batch, loaded)
         same_answers(own, task_object.predict(opened, batch, loaded), abs=1e-6)
         same_answers(own, task_object.predict(ours, batch, again), abs=1e-6)
+
+
+@pytest.mark.parametrize(("task", "method"), [("causal-lm", "lora"), ("text-classification", "bottleneck")])
+def test_the_card_of_a_run_with_new_tokens_opens_what_was_trained(grown, tmp_path, monkeypatch, task, method):
+    """A config.json with more rows than the base has would give it a random table, without a word."""
+    recipe = dataclasses.replace(grown(task, False), method=Choice(method), train=TrainSpec(max_steps=2))
+    run = train(recipe, tmp_path / "run", quiet=True, say=lambda text: None)
+    monkeypatch.chdir(run.path)
+    there: dict = {}
+    exec("\n".join(run.read_json("usage.json")["load"]), there)
+    ours = open_run(run.path)
+    batch = ours.task.collate([ours.task.encode(r, ours.loaded) for r in checking.prepare(recipe).data.train[:4]])
+    with torch.no_grad():
+        own = ours.task.predict(ours.model.eval(), batch, ours.loaded)
+        same_answers(own, ours.task.predict(there["model"].eval(), batch, ours.loaded), abs=1e-5)
 
 
 def load_grown(ready):

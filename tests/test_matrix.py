@@ -99,7 +99,7 @@ def test_the_loss_falls(cell, task, method):
 
 @pytest.mark.promise(7)
 @pytest.mark.parametrize(("task", "method"), CELLS)
-def test_frozen_stays_bit_equal_buffers_included_and_all_that_trains_moves(cell, task, method, measured):
+def test_c25_frozen_stays_bit_equal_buffers_included_and_all_that_trains_moves(cell, task, method, measured):
     _, watch = cell(task, method)
     measured(7, got=int(watch.before == watch.after and not watch.still))
     assert watch.before == watch.after
@@ -123,7 +123,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("task", find.names("tasks"))
-def test_a_new_process_gives_the_same_outputs(cell, task):
+def test_c33_a_new_process_gives_the_same_outputs(cell, task):
     """One process opens the runs of all methods; what it answers is what was measured when they ended."""
     runs = {method: cell(task, method)[0] for name, method in CELLS if name == task}
     given = json.dumps({method: str(run.path) for method, run in runs.items()})
@@ -156,7 +156,7 @@ SAVED_EVERY, STOPPED_AFTER = 4, 11  # of 15 steps
 
 
 @pytest.mark.parametrize(("task", "method"), CELLS)
-def test_stopped_in_the_middle_and_started_again_ends_with_the_same_bytes(tiny_recipe, tmp_path, task, method):
+def test_c50_stopped_in_the_middle_and_started_again_ends_with_the_same_bytes(tiny_recipe, tmp_path, task, method):
     options = {"name": method} | ({"solver": "steps"} if "solver" in fields(method) else {})
     steps = {"max_steps": 15, "save_steps": SAVED_EVERY, "learning_rate": rate(method), "logging_steps": 1}
     recipe = tiny_recipe(task, method=options, train=steps | {"precision": "float32"})
@@ -256,7 +256,7 @@ def test_beside_the_gain_stands_what_it_broke_what_it_cost_and_what_was_not_meas
 
 
 @pytest.mark.parametrize(("task", "method"), CELLS)
-def test_evaluation_is_the_same_for_every_batch_size(cell, task, method):
+def test_c69_evaluation_is_the_same_for_every_batch_size(cell, task, method):
     run, _ = cell(task, method)
     predictor = open_run(run.path)
     rows = checking.prepare(run.recipe()).data.test

@@ -15,6 +15,8 @@ from tunewright.metrics.classification import macro_f1, score_class
 from tunewright.models import classifier, load, tiny
 from tunewright.models.logprob import causal_logprob, label_logprob
 from tunewright.recipe import ModelSpec
+from tunewright.tasks.image_classification import ImageClassification
+from tunewright.tasks.text_classification import TextClassification
 
 
 # ---------------------------------------------------------------------- finding
@@ -72,6 +74,19 @@ def test_a_checkpoint_of_another_shape_is_refused_in_words(tmp_path):
         load.open_checkpoint("AutoModelForSequenceClassification", ModelSpec(str(tmp_path)), None)
 
 
+@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize("damage", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"id2label": 7}], ids=str)
+def test_a_damaged_config_is_an_error_in_words(tmp_path, damage, kind):
+    tiny.text_encoder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | damage))
+    spec = ModelSpec(str(tmp_path), quantize=kind)
+    with pytest.raises(ModelError, match=f"model {tmp_path}"):
+        TextClassification().load(spec, ["a", "b"])
+    with pytest.raises(ModelError, match=f"model {tmp_path}"):
+        load.open_checkpoint("AutoModelForSequenceClassification", spec, None)
+
+
 def test_the_digest_follows_the_weights_and_not_the_place(tmp_path):
     one = tiny.text_encoder(tmp_path / "one")
     two = shutil.copytree(one, tmp_path / "two")
@@ -97,6 +112,29 @@ def test_as_many_labels_of_other_names_start_a_new_head(tmp_path):
     assert any("other names" in note for note in loaded.notes)
 
 
+def test_zero_shot_cuts_a_text_where_the_position_table_ends(tmp_path):
+    spec = ModelSpec(str(tiny.text_encoder(tmp_path)))  # 32 positions
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 10**30}))
+    zero_shot = TextClassification()._zero_shot(spec, ["good", "bad"])
+    long, cut = "sun good " * 40, "sun good " * 15  # 15 x 2 words and two markers
+    answers = zero_shot.predict([{"text": text} for text in (long, cut)])
+    assert answers[0]["scores"] == pytest.approx(answers[1]["scores"], abs=1e-6)
+
+
+def test_a_base_stored_in_half_precision_is_compared_by_its_own_head_too(tmp_path):
+    from PIL import Image
+
+    spec = ModelSpec(str(tiny.image_encoder(tmp_path)), dtype="bfloat16")
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "blue.png")
+    task = ImageClassification()
+    loaded = task.load(spec, ["skys", "sea"])
+    baseline = task.baseline(spec, loaded, [])
+    row = {"row": "1", "image": str(tmp_path / "blue.png")}
+    assert baseline.name == "zero-shot", "these are words of the base"
+    assert sum(baseline.predict([row])[0]["scores"].values()) == pytest.approx(1.0)
+
+
 def test_balanced_weights_are_scikit_learns():
     sklearn = pytest.importorskip("sklearn.utils.class_weight")
     labels = ["a"] * 7 + ["b"] * 2 + ["c"]
@@ -117,7 +155,7 @@ def test_label_logprob_refuses_shapes_that_do_not_fit():
         label_logprob(torch.zeros(2, 3, 5), torch.zeros(2, 4, dtype=torch.int64))
 
 
-def test_causal_logprob_shifts_once():
+def test_c19_causal_logprob_shifts_once():
     """A model that is sure the next token is the present one plus one costs nothing on 0 1 2 3, and much on 3 2 1 0."""
 
     class Counter(torch.nn.Module):

@@ -82,7 +82,7 @@ def costs(model, batch) -> dict[tuple, float]:
 @pytest.mark.promise(8)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", SHAPES)
-def test_packed_costs_what_each_document_costs_alone(family, attention):
+def test_c17_packed_costs_what_each_document_costs_alone(family, attention):
     model = model_of(family, attention)
     examples = examples_of([17, 3, 9, 1, 16, 5, 2], prompt=2)
     together = costs(model, packed_collate(examples))

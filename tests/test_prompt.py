@@ -52,7 +52,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 
 # ------------------------------------------------------------- the hard prompt
 @torch.no_grad()
-def test_rows_of_the_vocabulary_are_the_hard_prompt_of_a_language_model(tiny_recipe):
+def test_c40_rows_of_the_vocabulary_are_the_hard_prompt_of_a_language_model(tiny_recipe):
     _, _, _, base, model = prompted(tiny_recipe, num_virtual_tokens=4)
     ids = torch.tensor([21, 8, 30, 8])
     rows(model).copy_(base.get_input_embeddings()(ids))

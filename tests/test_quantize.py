@@ -106,7 +106,9 @@ def test_only_matrices_in_blocks_are_stored_in_few_bits(quantized, task, kind):
     assert all(p.dtype == torch.float32 for n, p in loaded.model.named_parameters() if "embed" in n or "head" in n)
     plain = checking.load(checking.prepare(few(quantized(task), None)))[1]
     assert count_parameters(loaded.model)[1] == count_parameters(plain.model)[1], "two weights a byte are two weights"
-    assert any("stored as" in note for note in loaded.notes)
+    (said,) = [note for note in loaded.notes if "stored as" in note]
+    assert said.startswith(f"{len(found)} matrices")
+    assert said.index(f"stored as {kind}") < said.index("norms and the head are stored as float32: ")
 
 
 class Pulled(Exception):
@@ -184,7 +186,7 @@ print(json.dumps(torch.softmax(logits[0], -1).tolist()))
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_merging_goes_onto_the_weights_that_the_bits_stand_for(quantized, kind, options):
+def test_c37_merging_goes_onto_the_weights_that_the_bits_stand_for(quantized, kind, options):
     ready = checking.prepare(quantized(kind=kind, method={"name": "lora", "r": 4, **options}))
     task, loaded = checking.load(ready)
     model = ready.method.apply(loaded.model, loaded).eval()
@@ -240,6 +242,14 @@ def gpt2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny.causal_lm(tmp_path_factory.mktemp("llama"), **WIDE)
+
+
+def test_c39_products_of_four_bits_are_computed_in_a_format_that_was_chosen(llama, monkeypatch):
+    """Left open it would be that of the first input, or float16."""
+    assert {layer.compute_dtype for layer in layers(opened(llama).model).values()} == {torch.float32}
+    for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(quantize, "_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert quantize.settings("nf4", [], "cuda").bnb_4bit_compute_dtype == expected
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

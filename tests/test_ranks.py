@@ -49,7 +49,7 @@ def test_there_are_tasks():
 
 @pytest.mark.promise(5)
 @pytest.mark.parametrize("task", TASKS)
-def test_two_ranks_give_the_weights_of_one_process(runs, task, measured):
+def test_c03_two_ranks_give_the_weights_of_one_process(runs, task, measured):
     folder, _ = runs
     one, two = (load_file(folder / task / place / "model" / "model.safetensors") for place in ("one", "two"))
     worst = max((one[name] - two[name]).abs().max().item() for name in one)
@@ -118,7 +118,7 @@ def test_an_accident_of_one_rank_ends_all_with_its_reason(runs):
 @pytest.mark.parametrize(
     ("n", "batch", "accumulation", "size"), [(9, 4, 1, 2), (10, 1, 3, 4), (7, 2, 2, 3), (3, 8, 1, 2)]
 )
-def test_the_shares_of_a_step_are_its_micro_batches_each_once(n, batch, accumulation, size):
+def test_c54_the_shares_of_a_step_are_its_micro_batches_each_once(n, batch, accumulation, size):
     def steps(share, accumulation):
         return Steps(
             [{"row": f"r{i}"} for i in range(n)], lambda e: [x["row"] for x in e], lambda e, rng: e, seed=0,

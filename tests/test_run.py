@@ -143,7 +143,7 @@ def alone(runs, house) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_lines_of_usage_json_give_the_same_predictions_without_us(alone, runs, house, name):
+def test_c43_the_lines_of_usage_json_give_the_same_predictions_without_us(alone, runs, house, name):
     rows = held_out(runs[name], house)
     assert len(rows) == 18
     usage = json.loads((runs[name] / "usage.json").read_text())
@@ -205,7 +205,7 @@ def test_an_adapter_whose_base_moved_says_what_to_do_and_works_with_it(cli, lora
     assert before[0] == 0
 
 
-def test_another_base_of_the_same_shape_is_refused_by_its_sha_256(cli, lora_and_base, tmp_path):
+def test_c42_another_base_of_the_same_shape_is_refused_by_its_sha_256(cli, lora_and_base, tmp_path):
     from safetensors.torch import load_file, save_file
 
     run, base = lora_and_base
@@ -266,7 +266,7 @@ def test_again_trains_in_a_fresh_folder_and_gets_the_same_answers(cli, recipe_fi
     assert stamps(tmp_path / "run") == before
 
 
-def test_another_recipe_in_the_same_folder_is_refused_with_the_keys_that_differ(cli, recipe_file, tmp_path):
+def test_c51_another_recipe_in_the_same_folder_is_refused_with_the_keys_that_differ(cli, recipe_file, tmp_path):
     cli("train", recipe_file)
     before = stamps(tmp_path / "run")
     code, _, err = cli("train", recipe_file, "train.learning_rate=1e-4", "seed=4")

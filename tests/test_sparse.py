@@ -194,13 +194,13 @@ def test_quantised_weights_are_refused_with_a_way_out(ready):
 
 
 def test_rows_of_a_sorted_file_are_all_as_likely(monkeypatch):
-    from tunewright.methods.sparse import _sample
+    from tunewright.data.batches import sample
 
-    kept = _sample(iter([{"row": i} for i in range(1000)]), 64)
+    kept = sample(iter([{"row": i} for i in range(1000)]), 64)
     rows = [batch["row"] for batch in kept]
     assert len(set(rows)) == 64
     assert 350 < np.mean(rows) < 650
-    assert [b["row"] for b in _sample(iter([{"row": i} for i in range(5)]), 64)] == [0, 1, 2, 3, 4]
+    assert [b["row"] for b in sample(iter([{"row": i} for i in range(5)]), 64)] == [0, 1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------- what they do

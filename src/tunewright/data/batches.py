@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,3 +101,15 @@ def derive_seed(*parts: object) -> int:
     """A seed that depends on all parts, the same on every machine (Python's own hash is not)."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:7], "little")
+
+
+def sample(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """So many batches, each as likely as any other: the first ones of a sorted file would show one class only."""
+    rng = random.Random(0)  # noqa: S311
+    kept: list[Batch] = []
+    for i, batch in enumerate(batches):
+        if i < count:
+            kept.append(batch)
+        elif (place := rng.randrange(i + 1)) < count:  # reservoir sampling: how many there are is not known before
+            kept[place] = batch
+    return kept

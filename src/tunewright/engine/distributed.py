@@ -52,7 +52,7 @@ def join() -> None:
     dist.init_process_group(backend, store=_store, rank=found[1], world_size=found[2], timeout=PATIENCE)
     _share = (dist.get_rank(), dist.get_world_size())
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-    # accelerate and others fall back to independent processes without a word (docs/facts.md)
+    # accelerate and others fall back to independent processes without a word
     counted = len(gathered(rank()))
     if not expected == dist.get_world_size() == counted:
         got = f"{dist.get_world_size()} in the group, {counted} answered"

@@ -14,6 +14,7 @@ from tunewright.engine import memory
 from tunewright.engine.distributed import split_rows, to_device
 from tunewright.engine.precision import compute_in
 from tunewright.errors import Fault, TrainError
+from tunewright.models.surgery import stores_half
 
 Show = Callable[[int], object]
 
@@ -62,7 +63,7 @@ def predict_rows(
 
     model.eval()
     # float32 on a CPU; weights that are stored in half precision (model.dtype) need autocast beside a float32 head
-    half = device.type == "cuda" or any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    half = device.type == "cuda" or stores_half(model)
     with torch.inference_mode(), compute_in("bf16" if half else "float32", device):
         answers = split_rows(order, ask)
     return [answers[place] for place in sorted(range(len(order)), key=lambda place: order[place])]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tunewright.contracts import Batch, Loaded, State, Task
 from tunewright.engine import memory
 from tunewright.engine.distributed import gathered
+from tunewright.engine.precision import compute_as_stored
 from tunewright.errors import Fault, TrainError
 
 
@@ -67,7 +68,8 @@ def _watch(task: Task, model: nn.Module, loaded: Loaded, batch: Batch) -> str:
 
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
-        with torch.no_grad():
+        device = next(model.parameters()).device
+        with torch.no_grad(), compute_as_stored(model, device):
             loss = task.loss(model, batch, loaded)
     finally:
         for handle in handles:

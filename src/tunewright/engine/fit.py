@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from tunewright.engine.distributed import (
 from tunewright.engine.finite import stop_unless_finite
 from tunewright.engine.interruption import Interrupted, leave_if_asked, protected
 from tunewright.engine.keeping import Keeper
-from tunewright.engine.precision import compute_in
+from tunewright.engine.precision import compute_as_stored, compute_in, suit_storage
 from tunewright.errors import Fault, TrainError
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import TrainSpec
@@ -75,12 +76,19 @@ def fit(
     torch.manual_seed(derive_seed(seed, "apply"))  # new adapters are drawn here; a resumed run overwrites them
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
+    precision, why = suit_storage(train.precision, place.precision, model)
+    if why:
+        say(f"Precision {precision}: {why}.")
+        place = dataclasses.replace(place, precision=precision)
     state = State(total=len(steps))
     found, skipped = from_first(lambda: checkpoint.latest(run, digest))
     for sentence in skipped:
         say(sentence)
-    if found is None and (solved := method.start(model, task, loaded, steps.once_over())):
-        return State(stop=solved), model
+    if found is None:
+        with compute_as_stored(model, place.device):
+            solved = method.start(model, task, loaded, steps.once_over())
+        if solved:
+            return State(stop=solved), model
 
     rate = train.learning_rate if train.learning_rate is not None else method.recommended()[0]
     warmup = schedules.warmup_count(train.warmup_steps, len(steps))

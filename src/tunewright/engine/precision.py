@@ -9,8 +9,11 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from tunewright.contracts import Precision
+from tunewright.errors import Fault, RecipeError
+from tunewright.models.surgery import stores_half
 
 
 def choose_precision(asked: str, device: torch.device, stored: Precision | None = None) -> tuple[Precision, str]:
@@ -28,6 +31,25 @@ def choose_precision(asked: str, device: torch.device, stored: Precision | None 
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bf16", "the CPU has AVX512-bf16"
     return "float32", "this device has no bf16 units"
+
+
+def suit_storage(asked: str, chosen: Precision, model: nn.Module) -> tuple[Precision, str]:
+    """(precision, reason) for a model as it is stored; the reason is "" where `chosen` stands.
+
+    Raises RecipeError where frozen weights are in half precision and the recipe asks for float32.
+    """
+    if chosen == "bf16" or not stores_half(model):
+        return chosen, ""
+    if asked == "float32":
+        problem = "frozen weights are stored in half precision, so their products cannot be computed in float32"
+        remedy = "Leave train.precision out, or give model.dtype=float32."
+        raise RecipeError(Fault(problem, where="train.precision", expected="auto or bf16", got=asked, remedy=remedy))
+    return "bf16", "frozen weights are stored in half precision"
+
+
+def compute_as_stored(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
+    """Float32, but for a model with weights in half precision."""
+    return compute_in("bf16" if stores_half(model) else "float32", device)
 
 
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

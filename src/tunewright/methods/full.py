@@ -29,9 +29,8 @@ _ANCHORS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Full(Method):
-    head_learning_rate_ratio: float = (
-        10.0  # a new head is random: at the trunk's rate it learns too late (docs/facts.md)
-    )
+    # a new head is random: at the trunk's rate it learns too late (docs/facts.md)
+    head_learning_rate_ratio: float = 10.0
     # L2-SP: each step keeps 1 / (1 + rate x l2_sp) of the way from the base; at rates near 1e-4 it is felt from 10 on
     l2_sp: float = 0.0
 

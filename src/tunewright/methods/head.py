@@ -20,6 +20,7 @@ from torch import nn
 
 from tunewright.contracts import Batch, Loaded, Method, Task
 from tunewright.errors import Fault, MethodError
+from tunewright.models.places import whole_head
 from tunewright.models.probe import solve_head
 from tunewright.models.surgery import freeze
 
@@ -41,7 +42,7 @@ class Head(Method):
         return False
 
     def apply(self, model: nn.Module, loaded: Loaded) -> nn.Module:
-        places = loaded.fresh or ((loaded.layout.head,) if loaded.layout.head else ())
+        places = whole_head(loaded)
         if not places:
             raise MethodError(Fault("this model has no head that could be trained alone", where="method head"))
         freeze(model, except_for=places)

@@ -25,6 +25,9 @@ from tunewright.models import peft_adapters
 from tunewright.models.places import down_projections, keys_and_values, own_head
 from tunewright.models.quantize import dequantized, is_quantized
 
+# Channels are scaled one after the other through dozens of layers: on photographs 3e-2 fell from 93 % right to 74 %
+OF_CONVOLUTIONS = 0.1
+
 
 @dataclass(frozen=True)
 class Ia3(Method):
@@ -56,12 +59,17 @@ class Ia3(Method):
         self, model: nn.Module, loaded: Loaded, learning_rate: float, weight_decay: float
     ) -> list[dict[str, Any]]:
         """No decay on the vectors: it would pull them to 0, and what changes nothing is 1."""
-        vectors, groups = [], []
+        vectors: dict[bool, list[tuple[str, nn.Parameter]]] = {False: [], True: []}  # of a convolution or not
+        groups = []
         for group in super().groups(model, loaded, learning_rate, weight_decay):
-            vectors += [(name, p) for name, p in group["params"] if ".ia3_l." in name]
+            for name, p in group["params"]:
+                if ".ia3_l." in name:
+                    vectors[p.ndim > 2].append((name, p))
             others = [(name, p) for name, p in group["params"] if ".ia3_l." not in name]
             groups += [group | {"params": others}] * bool(others)
-        return [{"params": vectors, "lr": learning_rate, "weight_decay": 0.0}, *groups]
+        rates = {False: learning_rate, True: learning_rate * OF_CONVOLUTIONS}
+        scaled = [{"params": named, "lr": rates[kind], "weight_decay": 0.0} for kind, named in vectors.items() if named]
+        return [*scaled, *groups]
 
     @contextlib.contextmanager
     def reference(self, model: nn.Module, start: nn.Module | None) -> Iterator[nn.Module]:
@@ -96,6 +104,8 @@ def _scaled(model: nn.Module, loaded: Loaded) -> tuple[list[str], list[str]]:
         problem = "no keys, values, feed-forward or convolutions found inside layers that repeat"
         remedy = "Use method=lora, method=head or method=full."
         raise MethodError(Fault(problem, where="method ia3", remedy=remedy))
+    if outputs is mixing:
+        loaded.notes.append(f"(IA)3 moves the vectors of convolutions at {OF_CONVOLUTIONS:g} of the learning rate.")
     if keys and fused:
         loaded.notes.append("(IA)3 scales queries too: this model makes them in one product with keys and values.")
     return outputs, inner

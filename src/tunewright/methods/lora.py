@@ -11,7 +11,6 @@ nothing to do with dropout: that is `lora_dropout`. Knows Layout, never a model 
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Loaded, Loss, Method, Task
+from tunewright.data.batches import sample
 from tunewright.errors import Fault, MethodError
-from tunewright.models import low_rank, masks, vocabulary
-from tunewright.models.layout import VALUES, linear_names, speaks_words, within
-from tunewright.models.surgery import train_in_float32
+from tunewright.models import low_rank, masks, peft_adapters, vocabulary
+from tunewright.models.layout import VALUES, linear_names, within
+from tunewright.models.places import own_head, whole_head
 
 QUERIES_AND_VALUES = ("query", "q_proj", "q_lin", "q", "wq", "query_proj", *VALUES)
 EVA_BATCHES = 32  # micro-batches whose inputs are looked at: the directions of a few hundred rows hardly change
@@ -34,7 +34,7 @@ NAMED = 3  # layers spelt out in a note
 
 @dataclass(frozen=True)
 class Lora(Method):
-    r: int = 8  # rank: 8 for classifiers; more where there is more to store (docs/facts.md)
+    r: int = 8  # rank: 8 for classifiers; more where there is more to store
     # scale is alpha / r, with use_rslora alpha / sqrt(r); None: 2 r, with use_rslora 6: both are a scale of 2 at r = 8
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
@@ -74,6 +74,9 @@ class Lora(Method):
         rate, why = self.learning_rate, self.learning_rate_reason
         if few:
             rate, why = 3e-3, "few matrices must go further: on TREC-6, 88 % right at 3e-3 against 84 % at 1e-3"
+        if self.init_lora_weights == "pissa":
+            rate *= 0.3
+            why = "a third of plain LoRA's, for what moves are the largest directions: 1e-3 was 3 points worse on SST-2"
         if self.loraplus_lr_ratio != 1:
             # 1e-3 for A and 1.6e-2 for B learnt nothing from 100 rows of SST-2; 2.5e-4 and 4e-3 did better than LoRA
             return (
@@ -104,9 +107,7 @@ class Lora(Method):
     def apply(self, model: nn.Module, loaded: Loaded) -> nn.Module:
         import peft
 
-        head = loaded.fresh or ((loaded.layout.head,) if loaded.layout.head else ())
-        # a language model's head is often its embedding too: a trained copy would come apart from it
-        own = loaded.fresh or tuple(name for name in head if not speaks_words(model, name))
+        head = whole_head(loaded)
         experts = self._experts(model, loaded)
         how = self.init_lora_weights
         config = peft.LoraConfig(
@@ -121,17 +122,11 @@ class Lora(Method):
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),  # GPT-2's (in, out)
             trainable_token_indices=vocabulary.new_rows(model, loaded) or None,
             # a head that is not named here stays random, untrained and unsaved, without a word (docs/facts.md)
-            modules_to_save=list(own) or None,
+            modules_to_save=list(own_head(model, loaded)) or None,
         )
-        with low_rank.between_libraries():
-            adapted = peft.get_peft_model(model, config)  # type: ignore[arg-type]
-        low_rank.lend_attributes(adapted)
-        # peft writes where the weights lay on this machine; the id as the user gave it means something elsewhere
-        config.base_model_name_or_path = loaded.origin.get("checkpoint")
-        config.revision = loaded.origin.get("revision") or None
+        adapted = peft_adapters.put_on(model, config, loaded)
         if how in low_rank.FROM_WEIGHTS:
             low_rank.start_from_weights(adapted, how)
-        train_in_float32(adapted)
         return adapted
 
     def _experts(self, model: nn.Module, loaded: Loaded) -> list[str]:
@@ -201,7 +196,7 @@ class Lora(Method):
     # -------------------------------------------------------------------- training
     def start(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> str | None:
         if self.init_lora_weights == "eva":
-            low_rank.start_from_inputs(model, self._passes(model, task, loaded, _sample(batches, EVA_BATCHES)))
+            low_rank.start_from_inputs(model, self._passes(model, task, loaded, sample(batches, EVA_BATCHES)))
         return None
 
     def _passes(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> Iterator[Loss]:
@@ -247,25 +242,7 @@ class Lora(Method):
         low_rank.save(model, loaded, folder)
 
     def open(self, loaded: Loaded, folder: Path) -> nn.Module:
-        import peft
-
-        with low_rank.between_libraries():
-            model = peft.PeftModel.from_pretrained(loaded.model, str(folder))  # type: ignore[arg-type]
-        low_rank.lend_attributes(model)
-        return model
+        return peft_adapters.reopen(loaded, folder)
 
     def opening(self, loaded: Loaded) -> list[str]:
-        lines = super().opening(loaded)
-        return lines if not low_rank.lacks_attributes(loaded.model) else [*lines, *low_rank.LENDING]
-
-
-def _sample(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """So many batches, each as likely as any other: the first ones of a sorted file would show one class only."""
-    rng = random.Random(0)  # noqa: S311
-    kept: list[Batch] = []
-    for i, batch in enumerate(batches):
-        if i < count:
-            kept.append(batch)
-        elif (place := rng.randrange(i + 1)) < count:  # reservoir sampling: how many there are is not known before
-            kept[place] = batch
-    return kept
+        return peft_adapters.opening(loaded, super().opening(loaded))

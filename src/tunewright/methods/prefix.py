@@ -20,7 +20,7 @@ from torch import nn
 
 from tunewright.contracts import Loaded, Method
 from tunewright.errors import Fault, MethodError
-from tunewright.models import virtual_tokens
+from tunewright.models import peft_adapters, virtual_tokens
 
 WHERE = "method prefix"
 HEAD_RATE = 3e-3  # what a new head stands; the vectors' rate would throw it about
@@ -114,7 +114,7 @@ class Prefix(Method):
         raise MethodError(Fault("a prefix cannot be folded into the weights", WHERE, remedy=remedy))
 
     def save(self, model: nn.Module, loaded: Loaded, folder: Path) -> None:
-        virtual_tokens.save(model, loaded, folder)
+        peft_adapters.save(model, loaded, folder)
 
     def open(self, loaded: Loaded, folder: Path) -> nn.Module:
         return virtual_tokens.reopen(loaded, folder, self.num_virtual_tokens, WHERE)

@@ -19,7 +19,7 @@ from torch import nn
 
 from tunewright.contracts import Loaded, Method
 from tunewright.errors import Fault, MethodError
-from tunewright.models import virtual_tokens
+from tunewright.models import peft_adapters, virtual_tokens
 from tunewright.models.layout import speaks_words
 
 WHERE = "method prompt"
@@ -88,7 +88,7 @@ class Prompt(Method):
         raise MethodError(Fault("virtual tokens cannot be folded into the weights", WHERE, remedy=remedy))
 
     def save(self, model: nn.Module, loaded: Loaded, folder: Path) -> None:
-        virtual_tokens.save(model, loaded, folder)
+        peft_adapters.save(model, loaded, folder)
 
     def open(self, loaded: Loaded, folder: Path) -> nn.Module:
         return virtual_tokens.reopen(loaded, folder, self.num_virtual_tokens, WHERE)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Loaded, Method, Task
+from tunewright.data.batches import sample
 from tunewright.errors import Fault, MethodError
 from tunewright.models import masks
-from tunewright.models.layout import speaks_words, within
+from tunewright.models.layout import within
+from tunewright.models.places import own_head
 from tunewright.models.surgery import freeze
 
 
@@ -42,9 +43,9 @@ class Sparse(Method):
     # else; 0.2 as in ESFT, 1.0 for all that are used
     experts: float | None = None
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-4
     learning_rate_reason: ClassVar[str] = (
-        "on sentences 1e-3 and 3e-3 end within a point of each other, on photographs 3e-3 falls from 90 to 71 %"
+        "between 3e-4, best on photographs (90 % right; 86 at 1e-3), and 1e-3, best on 1,000 sentences (83.4; 82.2)"
     )
     standalone: ClassVar[bool] = True
 
@@ -74,7 +75,7 @@ class Sparse(Method):
     def apply(self, model: nn.Module, loaded: Loaded) -> nn.Module:
         """Freeze; additions of zero at the mask, which by gradient or by tokens is a stand-in until `start`."""
         freeze(model)
-        own = self._own_head(model, loaded)
+        own = own_head(model, loaded)
         if self.experts is not None:
             for owner in self._experts(model):
                 count = masks.num_experts(model.get_submodule(owner))
@@ -88,14 +89,9 @@ class Sparse(Method):
             masks.add(model, place)
         return model
 
-    def _own_head(self, model: nn.Module, loaded: Loaded) -> tuple[str, ...]:
-        """What trains whole: new modules, or else the head, unless it is the vocabulary."""
-        head = (loaded.layout.head,) if loaded.layout.head else ()
-        return loaded.fresh or tuple(name for name in head if not speaks_words(model, name))
-
     def _places(self, model: nn.Module, loaded: Loaded) -> list[str]:
         """Names of the weights that the mask may choose from, in a model without additions to them."""
-        own = self._own_head(model, loaded)
+        own = own_head(model, loaded)
         if isinstance(self.target_modules, str):
             head = (loaded.layout.head,) if loaded.layout.head else ()
             return _unpacked(model, masks.products(model, (*own, *head)))
@@ -130,11 +126,11 @@ class Sparse(Method):
     def start(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> str | None:
         if self.experts is None and self.selection != "gradient":
             return None
-        own = self._own_head(model, loaded)
+        own = own_head(model, loaded)
         for place in [place for place in masks.additions(model) if not within(place, own)]:
             masks.remove(model, place)
         model.eval()  # dropout would put noise into what is chosen for good
-        costs = self._costs(model, task, loaded, _sample(batches, self.batches))
+        costs = self._costs(model, task, loaded, sample(batches, self.batches))
         if self.experts is None:
             self._add_at_highest(model, masks.absolute_gradients(model, self._places(model, loaded), costs))
             return None
@@ -216,15 +212,3 @@ def _unpacked(model: nn.Module, places: list[str]) -> list[str]:
             Fault("this model has no matrix to choose weights from", where="method sparse", remedy=remedy)
         )
     return places
-
-
-def _sample(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """So many batches, each as likely as any other: the first ones of a sorted file would show one class only."""
-    rng = random.Random(0)  # noqa: S311
-    kept: list[Batch] = []
-    for i, batch in enumerate(batches):
-        if i < count:
-            kept.append(batch)
-        elif (place := rng.randrange(i + 1)) < count:  # reservoir sampling: how many there are is not known before
-            kept[place] = batch
-    return kept

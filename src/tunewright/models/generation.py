@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunewright.models.layout import max_positions
+
 
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Tensor], max_new_tokens: int, ends: Sequence[int] = ()
@@ -24,14 +26,33 @@ def generate(
 def generate_ids(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Tensor], max_new_tokens: int, ends: Sequence[int] = ()
 ) -> list[list[int]]:
-    """New ids of each prompt, its end token included where it came; shorter than `max_new_tokens` only with one.
+    """New ids of each prompt, its end token included where it came; without one as many as asked and as have room.
 
     Prompts are padded on the left, so that all answers begin at the same place; transformers counts positions from the
     mask. The model's own generation settings (temperature, penalties) play no part: the same prompt, the same answer.
     """
+    rooms = [room(model, tokenizer, len(prompt), max_new_tokens) for prompt in prompts]
+    found: dict[int, list[int]] = {}
+    for most in sorted(set(rooms)):  # one, unless a prompt nearly fills the model
+        chosen = [i for i, own in enumerate(rooms) if own == most]
+        stops = list(ends) or [tokenizer.eos_token_id]
+        answers = _together(model, tokenizer, [prompts[i] for i in chosen], most, stops)
+        found |= dict(zip(chosen, answers, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def room(model: nn.Module, tokenizer: Any, length: int, most: int) -> int:
+    """How many new tokens, up to `most`, a prompt of this length leaves places for. Beyond them a table of positions
+    ends, and rotations are none that the model ever saw."""
+    limit = min(max_positions(model) or length + most, tokenizer.model_max_length)
+    return max(1, min(most, limit - length))
+
+
+def _together(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Tensor], max_new_tokens: int, stops: Sequence[int]
+) -> list[list[int]]:
     from transformers import GenerationConfig
 
-    stops = list(ends) or [tokenizer.eos_token_id]
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
@@ -41,7 +62,7 @@ def generate_ids(
         ids[i, longest - len(prompt) :] = prompt
         mask[i, longest - len(prompt) :] = 1
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stops,
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=list(stops),
         use_cache=True, repetition_penalty=1.0, no_repeat_ngram_size=0,
     )  # fmt: skip
     out = model.generate(  # type: ignore[operator]

@@ -84,18 +84,6 @@ def linear_names(model: nn.Module, without: tuple[str, ...] = ()) -> list[str]:
     return names
 
 
-def expert_parameters(model: nn.Module, blocks: tuple[str, ...]) -> list[str]:
-    """Fused weights of experts, (E, out, in), which stand in blocks as bare parameters and not as linear layers."""
-    convolution = nn.modules.conv._ConvNd
-    return [
-        f"{name}.{own}"
-        for name, module in model.named_modules()
-        if within(name, blocks) and not isinstance(module, convolution)
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and own.endswith("proj")
-    ]
-
-
 def max_positions(model: nn.Module) -> int | None:
     """How many tokens fit. A position table with a padding index (RoBERTa) begins behind it; None: no limit stated."""
     stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -197,12 +197,12 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
 
     dtype, reason = _dtype(spec)
     _quiet(transformers)
-    whole = _kept_whole(auto_class, spec, folder, config)
-    if spec.quantize:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = config | {"quantization_config": quantize.settings(spec.quantize, whole, device)}
     where = f"model {spec.checkpoint}"
     try:
+        whole = _kept_whole(auto_class, spec, folder, config)
+        if spec.quantize:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            config = config | {"quantization_config": quantize.settings(spec.quantize, whole, device)}
         model, report = getattr(transformers, auto_class).from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             ignore_mismatched_sizes=True, output_loading_info=True, **config,
@@ -210,11 +210,9 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
     except SafetensorError as error:
         remedy = "Was it copied to its end? Fetch it again."
         raise ModelError(Fault(f"the weights are damaged: {error}", where=where, remedy=remedy)) from error
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown")
-        raise ModelError(
-            Fault(f"a {kind} checkpoint does not open as {auto_class}: {str(error).splitlines()[0]}", where=where)
-        ) from error
+    except _unreadable() as error:
+        problem = f"a {_model_type(folder)} checkpoint does not open as {auto_class}: {_reason(error)}"
+        raise ModelError(Fault(problem, where=where)) from error
     mismatched = [key[0] if isinstance(key, (tuple, list)) else key for key in report["mismatched_keys"]]
     absent = sorted({*report["missing_keys"], *mismatched})
     fresh = tuple(sorted({key.rpartition(".")[0] for key in absent}))
@@ -228,13 +226,13 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
                 remedy="config.json and the weights do not belong together; they would have been random.",
             )
         )
-    notes = [f"Base found in {found}.", f"Weights stored as {str(dtype).removeprefix('torch.')}: {reason}."]
+    kept = f"stored as {str(dtype).removeprefix('torch.')}: {reason}."
+    few = f"{quantize.settle(model, spec.quantize, where)} Embeddings, norms and the head are " if spec.quantize else ""
+    notes = [f"Base found in {found}.", few + kept if few else f"Weights {kept}"]
     if fresh:
         notes.append(f"New and random, because the checkpoint has none that fits: {', '.join(fresh)}.")
     if report["unexpected_keys"]:
         notes.append(f"{len(report['unexpected_keys'])} weights of the checkpoint are not used (another head).")
-    if spec.quantize:
-        notes.append(quantize.settle(model, spec.quantize, where))
     origin = {"checkpoint": spec.checkpoint, "revision": spec.revision or "", "sha256": weights_digest(folder)}
     loaded = Loaded(model, processor, layout, fresh=fresh, origin=origin, notes=notes)
     vocabulary.grow(loaded)
@@ -267,17 +265,45 @@ def _dtype(spec: ModelSpec) -> tuple[torch.dtype | str, str]:
 
 
 def open_config(spec: ModelSpec) -> Any:
-    """The checkpoint's configuration, without its weights. Raises ModelError for a kind that nobody knows."""
+    """The checkpoint's configuration, without its weights. Raises ModelError if it is damaged or of an unknown kind."""
     folder, _ = resolve(spec)
     import transformers
 
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except _unreadable() as error:
+        kind, where = _model_type(folder), f"model {spec.checkpoint}"
+        if kind in transformers.CONFIG_MAPPING:
+            remedy = "Copy config.json again from where the checkpoint came from."
+            raise ModelError(Fault(_reason(error), f"{where}/config.json", remedy=remedy)) from error
         remedy = "Update it if the model is new: pip install --upgrade transformers."
         problem = f'transformers {transformers.__version__} knows no model type "{kind}"'
-        raise ModelError(Fault(problem, where=f"model {spec.checkpoint}", remedy=remedy)) from error
+        raise ModelError(Fault(problem, where=where, remedy=remedy)) from error
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What transformers raises over a checkpoint whose config.json is damaged, or that is of another kind."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        ValueError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    )
+
+
+def _reason(error: Exception) -> str:
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+
+
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
 
 
 def open_processor(auto_class: str, spec: ModelSpec, **options: Any) -> Any:
@@ -289,6 +315,7 @@ def open_processor(auto_class: str, spec: ModelSpec, **options: Any) -> Any:
     wanted = PROCESSOR_FILES.get(auto_class, ())
     if wanted and not any(path for pattern in wanted for path in folder.glob(pattern)):
         raise _no_processor(auto_class, spec, folder)  # a tokenizer class would open with an empty vocabulary
+    open_config(spec)  # a tokenizer reads it too, and what is wrong with it would be called the tokenizer's fault
     import transformers
 
     _quiet(transformers)

@@ -1,4 +1,4 @@
-"""What LoRA needs around peft: starts that leave the base alone, attributes that wrapped layers lack, saving.
+"""What LoRA needs around peft: starts that leave the base alone, folding, saving.
 
 A start from the weights (PiSSA: Meng et al. 2024, arXiv 2404.02948; OLoRA: Buyukakyuz 2024, arXiv 2406.01775) gives
 A and B values whose product must be taken off again, so that training begins at the base. Others take it off the
@@ -13,7 +13,6 @@ import contextlib
 import copy
 import json
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,39 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tunewright.contracts import Loaded
-from tunewright.models import quantize
+from tunewright.models import peft_adapters, quantize
 
 NAME = "default"  # the adapter's name in peft
 FROM_WEIGHTS = ("pissa", "olora")
 LEAST_KEPT = 32  # directions of the inputs carried from batch to batch: more than are asked for, so that none is lost
-# What a model may read off a convolution besides calling it (MobileNet pads by hand); peft's wrapper has none of them.
-ATTRIBUTES = ("stride", "kernel_size", "dilation")
-LENDING = [
-    "for layer in model.modules():  # this model reads these off its convolutions, and peft's wrapper lacks them",
-    '    if hasattr(layer, "base_layer") and hasattr(layer.base_layer, "stride"):',
-    "        inner = layer.base_layer",
-    "        layer.stride, layer.kernel_size, layer.dilation = inner.stride, inner.kernel_size, inner.dilation",
-]
-
-
-@contextlib.contextmanager
-def between_libraries() -> Iterator[None]:
-    """Without the deprecations that peft and transformers owe each other: a user can mend none of them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def lacks_attributes(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())
-
-
-def lend_attributes(model: nn.Module) -> None:
-    """Give the wrappers of convolutions what a model may read off them."""
-    for _, layer in lora_layers(model):
-        for name in ATTRIBUTES:
-            if hasattr(layer.base_layer, name) and not hasattr(layer, name):
-                setattr(layer, name, getattr(layer.base_layer, name))
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -97,21 +68,13 @@ def start_from_weights(model: nn.Module, how: str) -> None:
     Convolutions and experts begin as usual, at nothing.
     """
     for layer in linear_layers(model).values():
-        a, b = _parts(_matrix(layer.base_layer), layer.r[NAME], layer.scaling[NAME], how)
+        a, b = _parts(quantize.matrix(layer.base_layer), layer.r[NAME], layer.scaling[NAME], how)
         rank = len(a)  # of a matrix with fewer rows than r it is lower; what is left over begins as usual
         layer.lora_A[NAME].weight.data[:rank] = a
         layer.lora_B[NAME].weight.data[:, :rank] = b
         layer.register_buffer("start_A", layer.lora_A[NAME].weight.detach().clone(), persistent=False)
         layer.register_buffer("start_B", layer.lora_B[NAME].weight.detach().clone(), persistent=False)
         layer.register_forward_hook(_take_off)
-
-
-def _matrix(layer: Any) -> Tensor:
-    """(out, in) float32, whatever the layer stores."""
-    if type(layer).__name__ in quantize.KINDS:
-        return quantize.matrix(layer)
-    weight = layer.weight.detach().float()
-    return weight.T if type(layer).__name__ == "Conv1D" else weight
 
 
 def _parts(matrix: Tensor, r: int, scale: float, how: str) -> tuple[Tensor, Tensor]:
@@ -162,7 +125,7 @@ def start_from_inputs(model: nn.Module, passes: Iterable[object]) -> None:
             rows = _tokens(given[0].detach().float(), masks[0])
             rows = torch.cat([found[name], rows]) if name in found else rows
             kept = min(max(4 * layer.r[NAME], LEAST_KEPT), *rows.shape)
-            with _one_thread():
+            with _one_thread(), torch.autocast(rows.device.type, enabled=False):
                 _, s, v = torch.svd_lowrank(rows, kept)
             found[name] = s.unsqueeze(1) * v.T
 
@@ -220,11 +183,8 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def save(model: nn.Module, loaded: Loaded, folder: Path) -> None:
-    """PEFT's format: adapter_model.safetensors and adapter_config.json, with the base's config and processor."""
-    model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
-    model.config.save_pretrained(folder)  # type: ignore[union-attr,operator]  # label names stand here
-    loaded.processor.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours stands in the run folder
+    """As every adapter; one that began as a part of the weights becomes plain LoRA of twice the rank."""
+    peft_adapters.save(model, loaded, folder)
     if taken := {name: layer for name, layer in lora_layers(model) if hasattr(layer, "start_A")}:
         _double_rank(folder, taken)
 

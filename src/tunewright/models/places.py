@@ -27,13 +27,17 @@ class Place:
     convolution: bool = False
 
 
+def whole_head(loaded: Loaded) -> tuple[str, ...]:
+    """The modules that are the head: new ones, or else the layout's; () where there is none."""
+    return loaded.fresh or ((loaded.layout.head,) if loaded.layout.head else ())
+
+
 def own_head(model: nn.Module, loaded: Loaded) -> tuple[str, ...]:
     """What trains whole beside any addition: new modules, or else the head of the task, unless it is the vocabulary.
 
     A language model's head is often its embedding too: a trained copy would come apart from it.
     """
-    head = (loaded.layout.head,) if loaded.layout.head else ()
-    return loaded.fresh or tuple(name for name in head if not speaks_words(model, name))
+    return loaded.fresh or tuple(name for name in whole_head(loaded) if not speaks_words(model, name))
 
 
 def widths(module: nn.Module) -> tuple[int, int]:

@@ -13,20 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Loaded, Task
+from tunewright.models.places import whole_head
 
-STRENGTHS = (
-    0.001,
-    0.003,
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-    100.0,
-)  # C, as scikit-learn spells it: large trusts the rows, small the prior
+# C, as scikit-learn spells it: large trusts the rows, small the prior
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 FOLDS = 5
 
 
@@ -55,7 +45,7 @@ def solve_head(model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[B
 
 def _head_layer(model: nn.Module, loaded: Loaded) -> nn.Linear | None:
     """The linear layer that is all of the head. A new pooler before it is no part of a linear head."""
-    places = loaded.fresh or ((loaded.layout.head,) if loaded.layout.head else ())
+    places = whole_head(loaded)
     layers = [
         module
         for place in places

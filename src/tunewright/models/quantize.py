@@ -108,10 +108,7 @@ def settle(model: nn.Module, kind: str, where: str) -> str:
             layer.register_forward_hook(_stand_frozen)
     count = sum(weights_of(layer.weight) for layer in layers)
     inputs = " On this GPU products round their inputs to 8 bits too." * (kind == "int8" and torch.cuda.is_available())
-    return (
-        f"{len(layers)} matrices with {count:,} weights are stored as {kind}, about {BITS[kind]} bits each; "
-        f"embeddings, norms and the head keep their precision.{inputs}"
-    )
+    return f"{len(layers)} matrices with {count:,} weights are stored as {kind}, about {BITS[kind]} bits each.{inputs}"
 
 
 def _round_weights_alone(layer: nn.Linear, given: tuple[Any, ...]) -> tuple[Any, ...]:

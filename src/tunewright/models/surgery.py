@@ -24,7 +24,10 @@ def freeze(model: nn.Module, except_for: tuple[str, ...] = ()) -> None:
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (docs/facts.md)."""
+    """Trainable weights in float32: pure bf16 leaves 12 to 98 % of them unmoved (docs/facts.md).
+
+    Buffers beside them too. Raises MethodError for weights in few bits, which cannot train.
+    """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_floating_point():
             remedy = "Use method=lora, ia3, bottleneck or prefix, or leave model.quantize out."
@@ -32,6 +35,15 @@ def train_in_float32(model: nn.Module) -> None:
             raise MethodError(Fault(problem, where="model.quantize", remedy=remedy))
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    for module in model.modules():  # a batch norm takes its statistics only as its weights are
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            for buffer in module.buffers(recurse=False):
+                buffer.data = buffer.data.float() if buffer.is_floating_point() else buffer.data
+
+
+def stores_half(model: nn.Module) -> bool:
+    """Whether some weights are in half precision: beside float32 ones, which train, products then need autocast."""
+    return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
 def set_mode(model: nn.Module, *, dropout: bool = True, train_batch_norm: bool = False) -> None:

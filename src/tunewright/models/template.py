@@ -73,14 +73,21 @@ def end_ids(tokenizer: Any, model: Any = None) -> list[int]:
     """Tokens that end an answer: the tokenizer's, the model's own, and the one with which the template closes."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])]
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    closing = tokenizer(_after(tokenizer, probe), add_special_tokens=False)["input_ids"]
     control = control_ids(tokenizer)
-    return list(dict.fromkeys([*ids, *[i for i in closing if i in control][:1]]))
+    return list(dict.fromkeys([*ids, *[i for i in _closing(tokenizer) if i in control][:1]]))
 
 
-def _after(tokenizer: Any, probe: Sequence[Message]) -> str:
-    return render(tokenizer, probe, False).rpartition("b")[2]
+def closes(tokenizer: Any, ends: Sequence[int]) -> bool:
+    """Whether the template itself puts an end token behind an answer."""
+    return any(i in ends for i in _closing(tokenizer))
+
+
+def _closing(tokenizer: Any) -> list[int]:
+    """Tokens that the template puts behind an answer."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = render(tokenizer, probe, False).rpartition("b")[2]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def control_ids(tokenizer: Any) -> set[int]:

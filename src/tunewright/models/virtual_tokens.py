@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from tunewright.contracts import Loaded
 from tunewright.errors import Fault, MethodError
+from tunewright.models import peft_adapters
 from tunewright.models.layout import max_positions, speaks_words
-from tunewright.models.surgery import freeze, train_in_float32
+from tunewright.models.places import own_head
+from tunewright.models.surgery import freeze, stores_half
 
 LEAST_ROOM = 8  # tokens of a text that must still fit beside the virtual ones
 INSTEAD = "Use method=lora, method=head or method=full."
@@ -66,23 +68,18 @@ def wrap(model: nn.Module, loaded: Loaded, kind: str, count: int, where: str, **
         )
     head = loaded.layout.head
     words = head is not None and speaks_words(model, head)
-    own = loaded.fresh or ((head,) if head and not words else ())
     freeze(model)
     try:
         config = getattr(peft, kind)(
-            task_type="CAUSAL_LM" if words else "SEQ_CLS", num_virtual_tokens=count, modules_to_save=list(own) or None,
+            task_type="CAUSAL_LM" if words else "SEQ_CLS", num_virtual_tokens=count,
+            modules_to_save=list(own_head(model, loaded)) or None,
             token_dim=shape.hidden_size, num_layers=shape.num_hidden_layers,
             num_attention_heads=shape.num_attention_heads, **options,
         )  # fmt: skip
-        with _between_libraries():
-            adapted: nn.Module = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = peft_adapters.put_on(model, config, loaded)
     except UNFIT as error:
         raise unfit(where, error) from error
-    # peft writes where the weights lay on this machine; the id as the user gave it means something elsewhere
-    config.base_model_name_or_path = loaded.origin.get("checkpoint")
-    config.revision = loaded.origin.get("revision") or None
     put_right(adapted)
-    train_in_float32(adapted)
     return adapted
 
 
@@ -130,7 +127,8 @@ def _logits(model: nn.Module, ids: Tensor, real: int) -> Tensor:
     """Logits of the first `real` tokens, or of the row where there is one answer a row."""
     ids = ids.to(next(model.parameters()).device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < real).long().unsqueeze(0)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=stores_half(model)):
+        logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits[:, :real].float() if logits.ndim == 3 else logits.float()
 
 
@@ -252,28 +250,9 @@ def without(model: nn.Module) -> Iterator[nn.Module]:
             head.enable_adapters(True)
 
 
-def save(model: nn.Module, loaded: Loaded, folder: Path) -> None:
-    """PEFT's files, and the base's configuration and processor with the label names and the room that is left."""
-    model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]  # none was trained
-    model.config.save_pretrained(folder)  # type: ignore[union-attr,operator]
-    loaded.processor.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; ours stands in the run folder
-
-
 def reopen(loaded: Loaded, folder: Path, count: int, where: str) -> nn.Module:
-    """What `save` wrote, on its base again."""
-    import peft
-
+    """A saved adapter, on its base again."""
     reserve(loaded, count, where)
-    with _between_libraries():
-        adapted = peft.PeftModel.from_pretrained(loaded.model, str(folder))  # type: ignore[arg-type]
+    adapted = peft_adapters.reopen(loaded, folder)
     put_right(adapted)
     return adapted
-
-
-@contextlib.contextmanager
-def _between_libraries() -> Iterator[None]:
-    """Without the deprecations that peft and transformers owe each other: a user can mend none of them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield

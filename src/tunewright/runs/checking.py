@@ -20,6 +20,7 @@ from tunewright.data import inspection, records
 from tunewright.data.batches import Examples, Steps
 from tunewright.engine import distributed
 from tunewright.engine.packing import can_pack, packed_collate
+from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
 from tunewright.models.load import resolve
 from tunewright.models.surgery import count_parameters
@@ -255,6 +256,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     example = steps.examples[0]
     facts = {key: value for key, value in prepared.data.facts.items() if key != "split"}
     model = prepared.method.apply(loaded.model, loaded)
+    suit_storage(recipe.train.precision, "float32", model)
     kept = set(prepared.method.state(model))  # also what trains only later
     trainable = sum(p.numel() for name, p in model.named_parameters() if name in kept)
     total = count_parameters(model)[1]

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tunewright.errors import Fault, MethodError
 from tunewright.models import quantize
+from tunewright.models.surgery import stores_half
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir
 from tunewright.runs import equality
@@ -72,8 +72,8 @@ def fold(run: RunDir, base: str | None) -> Folded:
     predictor = open_run(run.path, base)
     rows = equality.spread(equality.held_out(recipe, run.path).test)
     measured = None
-    if recipe.model.quantize or _is_half(predictor.model):
-        measured = equality.answers_of(predictor, rows, "bf16" if _is_half(predictor.model) else "float32")
+    if recipe.model.quantize or stores_half(predictor.model):
+        measured = equality.answers_of(predictor, rows, "bf16" if stores_half(predictor.model) else "float32")
     if recipe.model.quantize and not whole:
         merged, unfolded = method.merge(predictor.model), _dequantised(run, predictor, base)
     else:
@@ -117,10 +117,6 @@ def write_model(predictor: Predictor, folder: Path, origin: dict[str, str]) -> N
 def origin_of(run: RunDir) -> dict[str, str]:
     """Checkpoint, revision and SHA-256 of the base that a run began with."""
     return json.loads((run.path / "model" / "base.json").read_text(encoding="utf-8"))
-
-
-def _is_half(model: nn.Module) -> bool:
-    return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
 def export_merged(run: RunDir, tolerance: float, say: Say) -> None:

@@ -32,6 +32,7 @@ from tunewright.engine.interruption import handled
 from tunewright.engine.keeping import is_full, megabytes
 from tunewright.engine.precision import choose_precision
 from tunewright.errors import Fault, RunError, TrainError, TunewrightError
+from tunewright.models import vocabulary
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir, fresh_path
@@ -265,6 +266,8 @@ def _save_model(run: RunDir, task: Task, method: Method, model: Any, loaded: Loa
         with run.whole_folder("model") as folder:
             method.save(model, loaded, folder)
             _forget_bits(folder / "config.json")
+            if not method.standalone:
+                vocabulary.describe_base(folder / "config.json", loaded)
             (folder / "base.json").write_text(json.dumps(loaded.origin, indent=1) + "\n", encoding="utf-8")
     except Exception as error:
         if not is_full(error):

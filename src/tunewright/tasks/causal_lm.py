@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Example, Field, Loaded, Loss, Metric, Prediction, Record, Task
+from tunewright.errors import DataError, Fault
 from tunewright.models.generation import generate
 from tunewright.models.layout import max_positions
 from tunewright.models.load import open_checkpoint, open_processor
@@ -70,24 +71,38 @@ class CausalLM(Task):
         return loaded
 
     def rows(self, loaded: Loaded, records: Sequence[Record]) -> Sequence[Record]:
-        """Windows of long documents as rows of their own: `book.txt:1 part 2 of 7`."""
+        """Windows of long documents as rows of their own: `book.txt:1 part 2 of 7`.
+
+        Documents of a single token are left out: where the tokenizer has no marks, nothing of them is predicted.
+        """
         limit = self._limit(loaded)
         found: list[Record] = []
+        single: list[str] = []
         for record in records:
             ids = self._ids(record, loaded)
+            if len(ids) < 2:
+                single.append(record["row"])
+                continue
             parts = [ids] if len(ids) <= limit else windows(torch.tensor(ids), limit)
             if len(parts) == 1:
                 found.append(record)
                 continue
             for i, part in enumerate(parts, 1):
                 found.append(record | {"row": f"{record['row']} part {i} of {len(parts)}", "ids": part})
+        if single:
+            which = f"{len(single)} of {len(records)} documents ({single[0]} for one)"
+            loaded.notes.append(f"Left out, of a single token, so that there is nothing to predict: {which}.")
+        if not found:
+            raise DataError(Fault("no document has two tokens, so that one could be predicted", where="data.train"))
         return found
 
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:
         limit = self._limit(loaded)
         if not target:
             whole = self._ids(record, loaded, end=False)
-            prompt = torch.tensor(whole[-max(1, limit - CONTINUATION) :])  # its end, with room for what follows
+            most = limit - min(CONTINUATION, limit // 2)  # its mark and its end, with room for what follows
+            start = whole[: loaded.processor.bos_token_id is not None]
+            prompt = torch.tensor(whole if len(whole) <= most else start + whole[len(whole) - most + len(start) :])
             cut = len(whole) - len(prompt)
             return {"row": record["row"], "input_ids": prompt, "limit": limit, "length": len(prompt), "truncated": cut}
         tokens = record["ids"] if "ids" in record else torch.tensor(self._ids(record, loaded))

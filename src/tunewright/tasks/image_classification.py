@@ -88,7 +88,7 @@ class ImageClassification(Task):
         return self._own_head(spec, matches, loaded.labels)
 
     def _own_head(self, spec: ModelSpec, matches: list[list[int]], labels: Sequence[str]) -> Baseline:
-        base = self.load(spec)
+        base = self.load(dataclasses.replace(spec, dtype="float32"))  # there is no autocast here
         base.model.eval()
 
         def predict(rows: Sequence[Record]) -> list[Prediction]:

@@ -59,6 +59,11 @@ class Sft(Task):
         loaded.helpers["ends"] = ends
         loaded.model.generation_config.eos_token_id = ends  # type: ignore[union-attr]  # so that others stop there too
         loaded.notes += [*notes, f"Answers end with {' or '.join(tokenizer.convert_ids_to_tokens(ends))}."]
+        if not template.closes(tokenizer, ends):
+            loaded.notes.append(
+                f"The chat template closes no answer: {tokenizer.eos_token} is put behind each, so that the model "
+                "learns to end; a server that renders earlier turns by this template leaves it out there."
+            )
         loaded.notes.append(f"Conversations may have {self._limit(loaded)} tokens.")
         return loaded
 

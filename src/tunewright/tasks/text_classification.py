@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from tunewright.contracts import Baseline, Batch, Example, Field, Loaded, Loss, Prediction, Record, Task
 from tunewright.metrics.classification import ACCURACY, LOG_LOSS, MACRO_F1, score_class
-from tunewright.models import classifier
+from tunewright.models import classifier, template, vocabulary
 from tunewright.models.layout import max_positions
 from tunewright.models.load import open_processor, resolve
 from tunewright.recipe import ModelSpec
 
 LONGEST = 512  # a text encoder's usual limit; longer inputs cost with the square and need the recipe's word
+ZERO_SHOT_LONGEST = 256  # tokens of a text that its likeness to a label's name is taken from
 CHOOSING_ROWS = 300  # training rows on which zero-shot and majority are compared
 
 
@@ -56,6 +57,14 @@ class TextClassification(Task):
 
     def fit_to(self, records: Sequence[Record]) -> Task:
         return dataclasses.replace(self, class_weights=classifier.fitted_weights(self.class_weights, records))
+
+    def rows(self, loaded: Loaded, records: Sequence[Record]) -> Sequence[Record]:
+        """All of them. Texts that spell a control token are counted, and read as transformers reads them in serving."""
+        spelled = [r["row"] for r in records if template.holds_control(loaded.processor, [r["text"]])]
+        if spelled:
+            which = f"{len(spelled)} of {len(records)} training rows ({spelled[0]} for one)"
+            loaded.notes.append(f"Control tokens are spelt by {which}: they steer here as they do in a pipeline.")
+        return records
 
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:
         limit = self._limit(loaded)
@@ -123,10 +132,12 @@ class TextClassification(Task):
         trunk = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
         if getattr(trunk.config, "is_decoder", False) or tokenizer.mask_token is None:
             return None
+        vocabulary.resize(trunk, tokenizer)
+        room = min(max_positions(trunk) or ZERO_SHOT_LONGEST, tokenizer.model_max_length, ZERO_SHOT_LONGEST)
 
         def embed(texts: list[str]) -> Tensor:
             """Mean of the last layer over real tokens, length 1. (B, D)"""
-            batch = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=room, return_tensors="pt")
             with torch.inference_mode():
                 states = trunk(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)

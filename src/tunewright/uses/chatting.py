@@ -20,7 +20,7 @@ from tunewright.contracts import Loaded, Method, Record, Task
 from tunewright.data.batches import Examples
 from tunewright.engine.evaluate import predict_rows
 from tunewright.errors import UserError
-from tunewright.models.layout import max_positions
+from tunewright.models.generation import room
 from tunewright.runs.prediction import Predictor, is_whole, open_run, single_record
 
 NEW_TOKENS = 256  # a paragraph or two; more costs time and rarely says more
@@ -133,13 +133,11 @@ def stream(task: Task, model: nn.Module, loaded: Loaded, record: Record, most: i
     example = task.encode(record, loaded, target=False)
     prompt = example["prompt_ids"] if "prompt_ids" in example else example["input_ids"]
     prompt = prompt.unsqueeze(0).to(next(model.parameters()).device)
-    limit = max_positions(model)
-    room = max(1, limit - prompt.shape[1]) if limit else most
     ends = loaded.helpers.get("ends") or [tokenizer.eos_token_id]
     # as models/generation.py has it, so that chat says what predict says; there answers are made many at once
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=min(most, room), eos_token_id=ends, use_cache=True,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+        do_sample=False, num_beams=1, max_new_tokens=room(model, tokenizer, prompt.shape[1], most), use_cache=True,
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
         repetition_penalty=1.0, no_repeat_ngram_size=0,
     )  # fmt: skip
     with torch.inference_mode():
