@@ -7,8 +7,8 @@ and no model by name. Knows contracts; nothing of run folders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,9 @@ class Sides:
     baseline: answers for the base to any rows, whether it is a model or not.
     plain:    the tuned model as plain weights with the base's own parameter names, None where it cannot be folded.
     validation: rows that neither trained nor are tested on, () where there are none.
+    trunk:    opens the base in the tuned model's shape also where `base` is None; a new head in it means nothing.
+    general:  rows of other skills by the name of their set, as `evaluate.general` gives them.
+    name:     the run as a person would type it after a command.
     """
 
     task: Task
@@ -47,6 +50,9 @@ class Sides:
     group: str | None
     seed: int
     batch_size: int = 32
+    trunk: Callable[[], nn.Module] | None = None
+    general: Mapping[str, Sequence[Record]] = field(default_factory=dict)
+    name: str = "RUN"
 
     def answers(self, model: nn.Module, records: Sequence[Record]) -> list[Prediction]:
         """What a model answers to rows that carry their targets."""
