@@ -104,11 +104,11 @@ def moved(base: Weights, tuned: Weights, names: Sequence[str]) -> dict[str, Any]
     whole = math.sqrt(sum(_square(base[n]) for n in names))
     found: dict[str, Any] = {"relative_norm": change / whole if whole else 0.0, "norm": change}
     found["weights"] = sum(base[n].numel() for n in names)
-    matrices = {n: _square(tuned[n] - base[n]) for n in names if base[n].ndim == 2}
+    matrices = {n: _square(tuned[n] - base[n]) for n in names if base[n].ndim in (2, 4)}  # 4: a convolution
     if not matrices or not max(matrices.values()):
         return found
     largest = max(matrices, key=lambda n: matrices[n])
-    return found | {"matrix": largest} | spectrum(base[largest], tuned[largest])
+    return found | {"matrix": largest} | spectrum(base[largest].flatten(1), tuned[largest].flatten(1))
 
 
 def _square(tensor: Tensor) -> float:

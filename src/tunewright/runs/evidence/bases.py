@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,16 +17,17 @@ from tunewright.recipe import ModelSpec
 from tunewright.runs.evidence.sides import NotRun, Sides
 
 
-def base_model(sides: Sides) -> nn.Module:
-    """The base in the tuned model's shape, also where a rule (majority) stands for its answers.
+def base_model(sides: Sides) -> tuple[nn.Module, Sides]:
+    """The base in the tuned model's shape, also where a rule (majority) stands for its answers; and the sides, whose
+    `loaded.fresh` now names all that the base does not have: there its weights are random and mean nothing.
 
-    Its modules named in `loaded.fresh` are random and mean nothing. Raises NotRun where it cannot be opened.
+    Raises NotRun where it cannot be opened.
     """
     if sides.base is not None:
-        return sides.base.eval()
-    if sides.trunk is not None:
-        return sides.trunk().eval()
-    return opened(sides, sides.loaded.labels).model.eval()
+        return sides.base.eval(), sides
+    found = sides.trunk() if sides.trunk is not None else opened(sides, sides.loaded.labels)
+    fresh = tuple(dict.fromkeys((*sides.loaded.fresh, *found.fresh)))
+    return found.model.eval(), replace(sides, loaded=replace(sides.loaded, fresh=fresh))
 
 
 def opened(sides: Sides, labels: tuple[str, ...]) -> Loaded:
@@ -40,10 +42,10 @@ def opened(sides: Sides, labels: tuple[str, ...]) -> Loaded:
         raise NotRun(f"the base cannot be opened again: {str(error).splitlines()[0].rstrip('.')}") from error
 
 
-def plain_base(sides: Sides) -> nn.Module:
-    """`base_model` with weights of 32 bits, where it is stored in fewer."""
-    base = base_model(sides)
-    return quantize.dequantized(base) if quantize.is_quantized(base) else base
+def plain_base(sides: Sides) -> tuple[nn.Module, Sides]:
+    """`base_model` with whole weights, where it is stored in a few bits each."""
+    base, sides = base_model(sides)
+    return (quantize.dequantized(base) if quantize.is_quantized(base) else base), sides
 
 
 @contextlib.contextmanager

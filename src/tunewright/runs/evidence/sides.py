@@ -30,7 +30,7 @@ class Sides:
     baseline: answers for the base to any rows, whether it is a model or not.
     plain:    the tuned model as plain weights with the base's own parameter names, None where it cannot be folded.
     validation: rows that neither trained nor are tested on, () where there are none.
-    trunk:    opens the base in the tuned model's shape also where `base` is None; a new head in it means nothing.
+    trunk:    opens the base in the tuned model's shape, also where `base` is None; what its `fresh` names is random.
     general:  rows of other skills by the name of their set, as `evaluate.general` gives them.
     name:     the run as a person would type it after a command.
     """
@@ -50,7 +50,7 @@ class Sides:
     group: str | None
     seed: int
     batch_size: int = 32
-    trunk: Callable[[], nn.Module] | None = None
+    trunk: Callable[[], Loaded] | None = None
     general: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     name: str = "RUN"
 

@@ -52,7 +52,7 @@ LIMITS = (
 
 def measure(sides: Sides) -> dict[str, Any]:
     """Every gauge that this model allows; each entry has its own n, value and interval, or the reason it has none."""
-    base = base_model(sides)
+    base, sides = base_model(sides)
     if writes(base, sides.loaded.layout.head, sides.loaded.processor):
         entries = _words(sides, base)
     else:

@@ -25,7 +25,7 @@ SHOWN = 20  # broken items spelt out
 
 def measure(sides: Sides) -> dict[str, Any]:
     """Broken and fixed over all items and by kind, with Tango's interval; shares also as far above chance."""
-    base = base_model(sides)
+    base, sides = base_model(sides)
     if not writes(base, sides.loaded.layout.head, sides.loaded.processor):
         raise NotRun("only a language model can be asked general questions")
     items = neutral.items()
