@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import two_sides
+from conftest import every_cell
 
+from tunewright.contracts import Baseline
 from tunewright.metrics import similarity, statistics
-from tunewright.models import tiny
+from tunewright.models import tiny, weights
 from tunewright.models.choices import end_logprobs
 from tunewright.models.generation import sample_ids
 from tunewright.models.logprob import kl_divergence
+from tunewright.runs import checking
 from tunewright.runs.evidence import neutral
 from tunewright.runs.evidence.gauges import divergence, probe
-from tunewright.runs.evidence.sides import NotRun
+from tunewright.runs.evidence.sides import NotRun, Sides
 
 
 def vectors(n: int = 40, width: int = 6, seed: int = 0) -> torch.Tensor:
@@ -244,3 +248,36 @@ def test_the_probe_of_a_model_against_itself_breaks_nothing(decoder):
 def test_an_encoder_is_not_asked_general_questions(tmp_path):
     with pytest.raises(NotRun, match="only a language model"):
         probe.measure(two_sides.sides("text-classification", two_sides.classifier(tmp_path)))
+
+
+# ----------------------------------------------------------------- every task and method
+def cells() -> list[tuple[str, str]]:
+    found = every_cell()
+    assert len(found) >= 20
+    return found
+
+
+@pytest.mark.parametrize(("task_name", "method_name"), cells())
+def test_before_is_the_base_and_not_the_adapter_at_its_first_step(task_name, method_name, tiny_recipe, monkeypatch):
+    """What adds nothing at its start has moved by exactly nothing; virtual tokens, untrained, already have."""
+    texts = neutral.texts()[:20]
+    monkeypatch.setattr(neutral, "texts", lambda: texts)
+    monkeypatch.setattr(neutral.pictures, "__defaults__", (20,))
+    monkeypatch.setattr(divergence, "SAMPLES", 20)
+    monkeypatch.setattr(divergence, "DRAWN_AT_ONCE", 20)
+    prepared = checking.prepare(tiny_recipe(task_name, method=method_name))
+    task, loaded = checking.load(prepared)
+    base = task.load(prepared.recipe.model, loaded.labels)
+    weights.put(base.model, weights.weights(loaded.model))  # a new head is drawn anew by every load
+    tuned = prepared.method.apply(loaded.model, loaded)
+    test = prepared.data.test
+    both = Sides(
+        task=task, loaded=loaded, tuned=tuned, base=base.model, plain=None, baseline=Baseline("", "", lambda _: []),
+        training=(), validation=(), test=test, before=(), after=(), margin=0.02, group=None, seed=0,
+    )  # fmt: skip
+    values = [e["value"] for e in divergence.measure(replace(both, before=[{}] * 3))["gauges"] if "not_run" not in e]
+    assert len(values) >= 2
+    if prepared.method.additive:
+        assert values == [0.0] * len(values)
+    else:
+        assert min(values[:2]) > 0

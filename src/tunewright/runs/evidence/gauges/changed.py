@@ -23,6 +23,7 @@ from tunewright.contracts import Example, Metric, Record
 from tunewright.data.batches import derive_seed
 from tunewright.engine.distributed import to_device
 from tunewright.engine.evaluate import predict_rows, score_rows
+from tunewright.errors import MethodError
 from tunewright.metrics import statistics
 from tunewright.models import arithmetic, weights
 from tunewright.models.generation import writes
@@ -150,7 +151,10 @@ def _turned(paired: statistics.Paired, sign: float) -> dict[str, Any]:
 
 def _bench(sides: Sides) -> Bench:
     assert sides.plain is not None
-    plain = sides.plain()
+    try:
+        plain = sides.plain()
+    except MethodError as error:
+        raise NotRun(f"the change cannot be folded: {str(error).splitlines()[0].rstrip('.')}") from error
     model = (copy.deepcopy(plain) if plain is sides.tuned else plain).eval()
     start, sides = plain_base(sides)
     tuned, base = weights.weights(model), weights.weights(start)
