@@ -103,7 +103,7 @@ def test_every_part_stands_there_with_how_far_it_moved_and_what_it_is_worth():
     page = Read(inside.part(changed()))
     assert page.open == []
     for words in ("block 1 <b>", "block 2", "embedding", "40.0%", "3.1%", "+31.0, needed", "unclear", "unchanged",
-                  "+22.0 to +39.0", "200 of 500 test rows", "strength 0.75 ◆ recommended", "Parts work together.",
+                  "+22.0 to +39.0", "200 of 500 test rows", "strength 0.75 ◆", "Parts work together.",
                   "tunewright merge runs/a --base-share 0.25", "general questions"):  # fmt: skip
         assert words in page.text, words
     assert page.names.count("svg") == page.names.count("figcaption") == page.names.count("details") == 2

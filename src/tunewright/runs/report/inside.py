@@ -148,13 +148,18 @@ def _sweep(gauge: Gauge) -> Markup:
     drawn += [text(f"{RIGHT}%", 16, words.short(f"{kept[0]['name']}, against it", 40), "tick")] if kept else []
     for i, entry in enumerate(sweep):
         top, chosen = 28 + LINE * i, entry["strength"] == best["strength"]
-        name = f"strength {words.number(entry['strength'])}{' ◆ recommended' if chosen else ''}"
+        name = f"strength {words.number(entry['strength'])}{' ◆' if chosen else ''}"
         drawn.append(text("0%", top + 16, name, "label"))
-        drawn += _effect(entry["against_full"], task_scale, top + 30, _kind(entry["against_full"]))
-        if "kept" in entry:
-            drawn += _effect(entry["kept"], kept_scale, top + 30, _kind(entry["kept"]))
+        columns = [(entry["against_full"], task_scale, f"{COLUMN}%", size)]
+        columns += [(entry["kept"], kept_scale, "100%", words.change)] if "kept" in entry else []
+        for effect, scale, end, say in columns:
+            kind = _kind(effect)
+            drawn.append(text(end, top + 16, _bare(say(effect["difference"])), f"value {kind}", "end"))
+            drawn += _effect(effect, scale, top + 30, kind)
     picture = charts.drawing("Strengths of the change, each against full strength", 36 + LINE * len(sweep), *drawn)
-    key = tag("p", "0 is the base, 1 the tuned model as trained; right is better. Line: 95% interval.", class_="key")
+    key = tag(
+        "p", "◆: recommended. 0 is the base, 1 the tuned model; right is better. Line: 95% interval.", class_="key"
+    )
     command = tag("pre", best["command"], class_="copy") if "command" in best else ""
     told = f"Recommended strength: {words.number(best['strength'])}, because {best['why']}."
     return charts.figure(

@@ -209,13 +209,13 @@ def _likeness(sides: Sides, base: nn.Module, records: Sequence[Record], on: str)
     value, (low, high) = similarity.cka_with_interval(before, after)
     if math.isnan(value):
         return [{"name": name, "on": on, "not_run": "all inputs look the same to this model"}]
-    cka = {"name": name, "on": on, "unit": "of 1", "n": len(records), "unit_of_n": "inputs", "value": 1 - value,
+    cka = {"name": name, "on": on, "unit": "of at most 1", "n": len(records), "unit_of_n": "inputs", "value": 1 - value,
            "ci95": [1 - high, 1 - low], "floor": 1 - similarity.linear_cka(before, again),
            "method": "jackknife"}  # fmt: skip
     lost = [1 - share for share in similarity.neighbour_overlap(before, after)]
     floor = 1 - statistics.compare([0.0] * len(lost), similarity.neighbour_overlap(before, again)).difference
     near = f"change of the {similarity.NEIGHBOURS} nearest neighbours"
-    return [cka, _entry(near, on, "of 1", lost, floor=floor)]
+    return [cka, _entry(near, on, "of at most 1", lost, floor=floor)]
 
 
 def _vectors(sides: Sides, model: nn.Module, records: Sequence[Record]) -> Tensor | None:
@@ -246,7 +246,7 @@ def _old_head(sides: Sides, base: nn.Module, records: Sequence[Record], on: str)
     if not all("label" in p for p in (*before, *after)):
         return {"name": name, "on": on, "not_run": "its answers are no labels"}
     other = [float(b["label"] != a["label"]) for b, a in zip(before, after, strict=True)]
-    return _entry(name, on, "of 1", other)
+    return _entry(name, on, "of at most 1", other)
 
 
 def _old_answers(sides: Sides, base: nn.Module, records: Sequence[Record]) -> tuple[list[Prediction], list[Prediction]]:
