@@ -64,6 +64,15 @@ def test_the_interval_of_cka_holds_it_and_closes_where_nothing_moved():
     assert similarity.cka_with_interval(x, x) == (1.0, (1.0, 1.0))
 
 
+def test_the_interval_of_cka_is_the_jackknifes_input_by_input():
+    x, y = vectors(25), vectors(25) + vectors(25, seed=4)
+    without = [similarity.linear_cka(*(torch.cat([v[:i], v[i + 1 :]]) for v in (x, y))) for i in range(25)]
+    mean = sum(without) / 25
+    half = 2.0638985616 * (24 / 25 * sum((w - mean) ** 2 for w in without)) ** 0.5  # t with 24 degrees of freedom
+    value, interval = similarity.cka_with_interval(x, y)
+    assert interval == pytest.approx((value - half, value + half), abs=1e-9)
+
+
 def test_neighbour_overlap_by_hand():
     """Directions at these angles; each one's nearest two. In the second set the last has moved beside the first."""
     angles = torch.tensor([0.0, 10.0, 21.0, 90.0, 101.0]) * torch.pi / 180

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -99,6 +100,7 @@ class Bench:
     rows: list[Record]
     examples: list[Example]
     sign: float
+    standing: dict[str, Any] = field(default_factory=dict)  # what the model holds now
 
     @property
     def metric(self) -> Metric:
@@ -106,7 +108,7 @@ class Bench:
 
     @property
     def changed(self) -> list[Part]:
-        return [part for part in self.parts if any(not self.base[n].equal(self.tuned[n]) for n in part.names)]
+        return [part for part in self.parts if any(self.base[n] is not self.tuned[n] for n in part.names)]
 
     @functools.cached_property
     def full(self) -> list[Any]:
@@ -121,10 +123,16 @@ class Bench:
     def mixed(self, part: Part, of: Weights, into: Weights) -> dict[str, Any]:
         return {**into, **{name: of[name] for name in part.names}}
 
+    def put(self, given: Weights) -> nn.Module:
+        """The model with these weights; only those are copied that do not stand there yet."""
+        other = {name: value for name, value in given.items() if self.standing.get(name) is not value}
+        self.standing |= other
+        return weights.put(self.model, other)
+
     def score(self, given: Weights) -> list[Any]:
         """The first metric of every row under these weights."""
         task, loaded = self.sides.task, self.sides.loaded
-        model, size = weights.put(self.model, given), self.sides.batch_size
+        model, size = self.put(given), self.sides.batch_size
         found = predict_rows(task, model, loaded, self.examples, batch_size=size, validating=True)
         return [scores[self.metric.name] for scores in score_rows(task, found, self.rows)]
 
@@ -161,7 +169,9 @@ def _bench(sides: Sides) -> Bench:
     names = weights.in_common(base, tuned, sides.loaded.fresh)
     if not names:
         raise NotRun("the tuned weights do not bear the base's names")
-    base, tuned = ({n: side[n] for n in names} for side in (base, tuned))
+    # what did not change is kept once
+    base = {n: tuned[n] if base[n].equal(tuned[n]) else base[n] for n in names}
+    tuned = {n: tuned[n] for n in names}
     sign = 1.0 if sides.task.metrics[0].higher_is_better else -1.0
     bench = Bench(sides, model, base, tuned, [], [], [], sign)
     _choose(bench)
@@ -271,9 +281,11 @@ def _sweep(bench: Bench) -> list[dict[str, Any]]:
         given = at_strength(bench.base, bench.tuned, strength)
         scores[strength] = known[strength] if strength in known else bench.score(given)
         if kept:
-            rows[strength] = kept.rows(weights.put(bench.model, given))
+            rows[strength] = kept.rows(bench.put(given))
     found: list[dict[str, Any]] = []
     for strength in STRENGTHS:
+        if bench.metric.pool is None and not all(map(math.isfinite, scores[strength])):
+            continue  # beyond full strength a model may fall apart
         value = bench.metric.overall(scores[strength])
         against = bench.effect(scores[1.0], scores[strength])
         found.append({"strength": strength, "value": value, "against_full": against})
