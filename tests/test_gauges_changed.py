@@ -22,6 +22,7 @@ from tunewright.metrics import statistics
 from tunewright.models import tiny, weights
 from tunewright.recipe import ModelSpec, Recipe
 from tunewright.runs import equality
+from tunewright.runs.evidence import neutral
 from tunewright.runs.evidence.gauges import changed
 from tunewright.runs.evidence.sides import NotRun
 from tunewright.runs.prediction import open_run
@@ -321,3 +322,29 @@ def test_the_command_writes_the_very_model_that_was_scored(tmp_path, cli, monkey
     theirs = weights.weights(written.model)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_a_vision_models_statistics_travel_with_their_part(tmp_path):
+    """Convolutions and batch norms: put back part by part, the whole is the base, buffers included."""
+    (tmp_path / "base").mkdir()
+    base = tiny.image_encoder(tmp_path / "base")
+    pictures = neutral.pictures(tmp_path, 16)
+    rows = [
+        {"row": str(i), "where": str(i), "extra": {}, "image": str(file), "label": ("sky", "sea", "sand")[i % 3]}
+        for i, file in enumerate(pictures)
+    ]
+
+    def tune(task, loaded):
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in [*loaded.model.parameters(), *loaded.model.buffers()]:
+                if value.is_floating_point():
+                    value *= 1 + 0.1 * torch.rand(value.shape, generator=draw)
+
+    both = two_sides.sides("image-classification", base, tune, test=rows, labels=("sky", "sea", "sand"))
+    found = changed.measure(both)
+    assert [part["kind"] for part in found["parts"]] == ["block", "block", "other", "head"]
+    assert all(part["moved"]["effective_rank"] > 0 for part in found["parts"])
+    assert found["whole"]["largest_gap"] == {"tuned": 0.0, "base": 0.0}
+    bench = changed._bench(both)
+    assert any("running_mean" in name for part in bench.parts for name in part.names)
