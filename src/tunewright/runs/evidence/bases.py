@@ -23,7 +23,7 @@ def base_model(sides: Sides) -> tuple[nn.Module, Sides]:
 
     Raises NotRun where it cannot be opened.
     """
-    if sides.base is not None:
+    if sides.base is not None and sides.trunk is None:
         return sides.base.eval(), sides
     found = sides.trunk() if sides.trunk is not None else opened(sides, sides.loaded.labels)
     fresh = tuple(dict.fromkeys((*sides.loaded.fresh, *found.fresh)))

@@ -87,9 +87,11 @@ def measure(sides: Sides) -> dict[str, Any]:
 # -------------------------------------------------------------------------- the bench
 @dataclass
 class Bench:
-    """A model to put weights into, and the rows on which it is scored. Everything is by name, of what both sides have.
+    """A model to put weights into, and the rows on which it is scored.
 
-    parts: only those that changed have effects.   whole: all other weights of the tuned model stay in the model.
+    base, tuned: by name, what both sides have; one tensor in both where nothing changed. What the tuned model alone has
+                 stays in `model`.
+    sign:        turns the first metric so that more is better.
     """
 
     sides: Sides
