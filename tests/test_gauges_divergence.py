@@ -16,6 +16,7 @@ from tunewright.models import tiny, weights
 from tunewright.models.choices import end_logprobs
 from tunewright.models.generation import sample_ids
 from tunewright.models.logprob import kl_divergence
+from tunewright.recipe import ModelSpec
 from tunewright.runs import checking
 from tunewright.runs.evidence import neutral
 from tunewright.runs.evidence.gauges import divergence, probe
@@ -290,3 +291,21 @@ def test_before_is_the_base_and_not_the_adapter_at_its_first_step(task_name, met
         assert values == [0.0] * len(values)
     else:
         assert min(values[:2]) > 0
+
+
+def test_a_run_opened_again_asks_the_head_of_its_base_and_not_its_own(tmp_path):
+    """An encoder has no head; what a finished run stands on when it is opened again is the tuned model itself."""
+    base = tiny.text_encoder(tmp_path / "base")
+    both = two_sides.sides("text-classification", base, lambda t, m: nudge(m.model, 0.1))
+    saved = tmp_path / "saved"
+    both.tuned.save_pretrained(saved)
+    both.loaded.processor.save_pretrained(saved)
+    again = both.task.load(ModelSpec(str(saved)))
+    assert again.fresh == ()
+    start = both.task.load(ModelSpec(str(base)), two_sides.MOODS)
+    found = entries(
+        divergence.measure(replace(both, loaded=again, tuned=again.model, base=start.model, trunk=lambda: start))
+    )
+    assert found["change of the old head's answers"]["not_run"] == "the base has no head of its own"
+    assert found["KL of the answers"]["not_run"] == "the base had no head for these labels"
+    assert found["change of the last layer (1 - CKA)"]["value"] > 0

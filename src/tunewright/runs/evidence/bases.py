@@ -19,7 +19,8 @@ from tunewright.runs.evidence.sides import NotRun, Sides
 
 def base_model(sides: Sides) -> tuple[nn.Module, Sides]:
     """The base in the tuned model's shape, also where a rule (majority) stands for its answers; and the sides, whose
-    `loaded.fresh` now names all that the base does not have: there its weights are random and mean nothing.
+    `loaded.fresh` now names all that the base does not have (there its weights are random and mean nothing), and whose
+    `loaded.origin` is the base: a run that was opened again knows neither.
 
     Raises NotRun where it cannot be opened.
     """
@@ -27,7 +28,7 @@ def base_model(sides: Sides) -> tuple[nn.Module, Sides]:
         return sides.base.eval(), sides
     found = sides.trunk() if sides.trunk is not None else opened(sides, sides.loaded.labels)
     fresh = tuple(dict.fromkeys((*sides.loaded.fresh, *found.fresh)))
-    return found.model.eval(), replace(sides, loaded=replace(sides.loaded, fresh=fresh))
+    return found.model.eval(), replace(sides, loaded=replace(sides.loaded, fresh=fresh, origin=found.origin))
 
 
 def opened(sides: Sides, labels: tuple[str, ...]) -> Loaded:

@@ -19,6 +19,7 @@ LINE = 50  # px of one line
 RIGHT = 52.0  # percent: where the second column begins
 COLUMN = 46.0  # percent: how wide a column is
 KINDS = {"helps": "better", "harms": "worse", "unclear": "unclear"}
+SAME = {"difference": 0.0, "ci95": [0.0, 0.0]}  # full strength against itself
 SAID = {"helps": "needed", "harms": "better without", "unclear": "unclear"}
 
 
@@ -152,7 +153,8 @@ def _sweep(gauge: Gauge) -> Markup:
         drawn.append(text("0%", top + 16, name, "label"))
         columns = [(entry["against_full"], task_scale, f"{COLUMN}%", size)]
         columns += [(entry["kept"], kept_scale, "100%", words.change)] if "kept" in entry else []
-        for effect, scale, end, say in columns:
+        for given, scale, end, say in columns:
+            effect = SAME if entry["strength"] == 1 else given
             kind = _kind(effect)
             drawn.append(text(end, top + 16, _bare(say(effect["difference"])), f"value {kind}", "end"))
             drawn += _effect(effect, scale, top + 30, kind)

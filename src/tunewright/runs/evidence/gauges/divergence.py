@@ -65,9 +65,8 @@ def measure(sides: Sides) -> dict[str, Any]:
 def _sentence(entries: Sequence[dict[str, Any]]) -> str:
     first = next(entry for entry in entries if "not_run" not in entry)
     low, high = first["ci95"]
-    on = f"{first['on'][:1].upper()}{first['on'][1:]}"
     return (
-        f"{on} ({first['n']} {first['unit_of_n']}) it moved by {first['value']:.3g} {first['unit']} "
+        f"On {first['on']} ({first['n']} {first['unit_of_n']}) it moved by {first['value']:.3g} {first['unit']} "
         f"(95% interval {low:.3g} to {high:.3g}); the base against itself moves by {first['floor']:.3g}."
     )
 
@@ -254,7 +253,10 @@ def _old_answers(sides: Sides, base: nn.Module, records: Sequence[Record]) -> tu
         return _ask(sides, base, records), _ask(sides, sides.tuned, records)
     if sides.plain is None:
         raise NotRun("the tuned body cannot be put under the base's own head: this method does not fold")
-    old = opened(sides, ())
+    try:
+        old = opened(sides, ())
+    except NotRun as reason:
+        raise NotRun("the base has no head of its own") from reason
     if old.fresh:
         raise NotRun("the base has no head of its own")
     own = replace(sides, loaded=old)
