@@ -1,6 +1,6 @@
 """Log-probabilities of given labels under a model's logits; every loss over classes or tokens comes through here.
 
-Knows no model: takes logits. One place, so that the engine can later chunk, pack and skip unlabelled positions.
+Knows no model class. Logits are made only where a label is, a few rows at a time (label_logits.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tunewright.models.label_logits import caught, find_head, score_in_pieces
 
 IGNORE = -100  # the field's mark for "no label here"
 
@@ -47,6 +49,11 @@ def causal_logprob(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """
     names = ("input_ids", "attention_mask", "position_ids")
     inputs = {name: batch[name] for name in names if name in batch}
-    # with a cache, transformers ignores that position_ids begin anew, and documents leak (docs/facts.md)
-    logits = model(**inputs, use_cache=False).logits
-    return label_logprob(logits[:, :-1], batch["labels"][:, 1:])
+    labels, head = batch["labels"][:, 1:], find_head(model)
+    hidden = caught(model, head.module, inputs) if head.module is not None else None
+    if hidden is None:
+        return label_logprob(model(**inputs, use_cache=False).logits[:, :-1], labels)
+    places = (labels.reshape(-1) != IGNORE).nonzero().squeeze(-1)
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
+    found = score_in_pieces(head, rows, labels.reshape(-1).index_select(0, places), label_logprob)
+    return found.new_zeros(labels.numel()).index_copy(0, places, found).view_as(labels)

@@ -22,6 +22,7 @@ from tunewright.engine import distributed
 from tunewright.engine.packing import can_pack, packed_collate
 from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
+from tunewright.models.label_logits import find_head
 from tunewright.models.load import resolve
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
@@ -181,6 +182,8 @@ def _collate(prepared: Prepared, task: Task, loaded: Loaded) -> Callable[[Sequen
     if asked and not able:
         raise RecipeError(Fault("cannot be", where="train.packing", got=why, remedy="Leave it out: rows are padded."))
     loaded.notes.append(f"Training rows are {'packed' if able else 'padded, not packed'}: {why}.")
+    if missing := find_head(loaded.model).why:
+        loaded.notes.append(f"Logits are made for every token, labelled or not: {missing}.")
     return packed_collate if able else task.collate
 
 
