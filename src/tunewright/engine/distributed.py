@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -207,10 +208,38 @@ def choose_threads(stored: int | None = None) -> tuple[int, str]:
     if stored:
         return stored, "as when this run began"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    why = "cores of this process"
+    if (allowed := _allowance()) is not None and allowed < cores:
+        cores, why = max(1, int(allowed)), f"this container may use {allowed:.3g} of {cores} cores"
     if _several():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
         return max(1, cores // here), f"{cores} cores shared by {here} processes"
-    return cores, "cores of this process"
+    return cores, why
+
+
+def _allowance(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores' worth of time that the control group gives, by the tightest group above; None: no limit, or no groups.
+
+    More threads than that are all stopped together when it is spent, while they wait for one another.
+    """
+    try:
+        place = next(line for line in own.read_text().splitlines() if line.startswith("0::"))[3:]
+    except (OSError, StopIteration):  # not Linux, or the first version of control groups
+        place = ""
+    folders = [root / part for path in [Path(place.lstrip("/"))] for part in (path, *path.parents)]
+    found = [limit for folder in folders if (limit := _quota(folder)) is not None]
+    return min(found, default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    """Of one group: `cpu.max` ("quota period"), or the two files of the first version."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()[:2]
+        except (OSError, ValueError):
+            continue
+        return int(quota) / int(period) if quota not in ("max", "-1") else None
+    return None
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
