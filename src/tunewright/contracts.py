@@ -184,6 +184,11 @@ class Task(ABC):
         """Training only. `rng` is keyed by (seed, epoch, row): resume, workers and ranks change nothing."""
         return example
 
+    @property
+    def augments(self) -> bool:
+        """Whether `augment` changes rows under these options: no two passes then see the same input."""
+        return type(self).augment is not Task.augment
+
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stack examples; pad to the longest. Padding carries label -100."""

@@ -35,6 +35,7 @@ from tunewright.engine.finite import stop_unless_finite
 from tunewright.engine.interruption import Interrupted, leave_if_asked, protected
 from tunewright.engine.keeping import Keeper
 from tunewright.engine.precision import compute_as_stored, compute_in, suit_storage
+from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import TrainSpec
@@ -105,6 +106,8 @@ def fit(
     same_weights(model)
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    trunk = TrunkCache(task, loaded, steps, place.device, place.precision)
+    trunk.follow(model)
     for callback in callbacks:
         callback.on_start(state, model)
 
@@ -143,7 +146,7 @@ def fit(
                     for micro_batches in todo:
                         factor = schedules.factor(train.lr_scheduler_type, state.step, state.total, warmup)
                         now = optimizers.set_rate(optimizer, factor, state.step, state.total, warmup)
-                        logs = accumulate(task, method, model, loaded, micro_batches, place, seed, state, say)
+                        logs = accumulate(task, method, model, loaded, micro_batches, place, seed, state, say, trunk)
                         logs |= {"learning_rate": now, "grad_norm": clip(model, train.max_grad_norm)}
                         stop_unless_finite(logs, state, task, model, loaded, micro_batches)
                         optimizer.step()
@@ -157,6 +160,7 @@ def fit(
                     logs["seconds"] = round(state.seconds, 3)
                     if method.advance(model, loaded, state.step / state.total):
                         optimizer = extended(optimizer, train, method, model, loaded, rate)
+                        trunk.follow(model)
                     for callback in callbacks:
                         callback.on_step(state, logs)
                 leave_if_asked(largest)
@@ -191,6 +195,7 @@ def accumulate(
     seed: int,
     state: State,
     say: Callable[[str], None],
+    trunk: TrunkCache | None = None,
 ) -> dict[str, float]:
     """Gradients of one whole step, over all ranks. Counts come first, so that how it is cut never changes the update.
 
@@ -209,7 +214,7 @@ def accumulate(
         raise TrainError(Fault(problem, where=f"step {state.step + 1}"))
     while True:
         try:
-            cost, logs = _backward(task, model, loaded, micro_batches, place, counts, num_micro, (seed, state))
+            cost, logs = _backward(task, model, loaded, micro_batches, place, counts, num_micro, (seed, state), trunk)
             break
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out(error):
@@ -234,6 +239,7 @@ def _backward(
     counts: dict[str, float],
     num_micro: float,
     key: tuple[int, State],
+    trunk: TrunkCache | None,
 ) -> tuple[float, dict[str, float]]:
     """Forward and backward of each piece; the cost, and the means that the task logs."""
     cost = 0.0
@@ -245,7 +251,7 @@ def _backward(
         for j, piece in enumerate(pieces):
             # dropout depends on the step and the place in it, not on what ran before or where
             torch.manual_seed(derive_seed(seed, state.step, rank + i * size, *([j] if j else [])))
-            with compute_in(place.precision, place.device):
+            with compute_in(place.precision, place.device), trunk.under(piece) if trunk else contextlib.nullcontext():
                 loss = task.loss(model, piece, loaded)
             part = torch.stack([value.float() / counts[term] for term, value in loss.totals.items()]).sum()
             part.backward()

@@ -62,6 +62,10 @@ class ImageClassification(Task):
             return example | {"pixel_values": example["pixel_values"].flip(-1)}
         return example
 
+    @property
+    def augments(self) -> bool:
+        return self.flip
+
     def collate(self, examples: Sequence[Example]) -> Batch:
         return {"pixel_values": torch.stack([e["pixel_values"] for e in examples])} | classifier.class_targets(examples)
 
