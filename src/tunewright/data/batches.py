@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tunewright.contracts import Batch, Example, Record
 
+WINDOW = 50  # steps within which rows of like length come together, at most a quarter of a pass (as in transformers)
 MEMORY = 2 << 30  # bytes of encoded examples kept; beyond that they are encoded again when needed
 
 
@@ -58,13 +59,18 @@ class Steps(Sequence[list[Batch]]):
         epochs: float,
         max_steps: int | None,
         share: tuple[int, int] = (0, 1),
+        lengths: Sequence[int] | None = None,
     ) -> None:
-        """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none."""
+        """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none.
+
+        lengths: of every example, where rows of like length shall share a step, so that less is padded.
+        """
         self.examples, self._collate, self._augment = examples, collate, augment
         self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation * share[1]
         self._share = share
         self.per_epoch = math.ceil(len(examples) / self._rows)
         self._total = max_steps or max(1, round(epochs * self.per_epoch))
+        self._lengths = None if lengths is None else np.asarray(lengths)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -77,11 +83,27 @@ class Steps(Sequence[list[Batch]]):
     def __getitem__(self, step: Any) -> Any:
         epoch, place = divmod(step, self.per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self.examples)))
+            self._order = (epoch, self._shuffled(epoch))
         chosen = self._order[1][place * self._rows : (place + 1) * self._rows]
         cut = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
         rank, size = self._share
         return [self._collate([self._drawn(epoch, int(i)) for i in rows]) for rows in cut[rank::size]]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """All rows in the order of this pass. By length: windows of shuffled rows are sorted, then steps are shuffled.
+
+        Which rows share a step depends on their number in a step alone, not on how the step is cut.
+        """
+        rng = np.random.default_rng([self._seed, epoch])
+        order = rng.permutation(len(self.examples))
+        if self._lengths is None:
+            return order
+        size = self._rows * max(1, min(WINDOW, self.per_epoch // 4))
+        windows = [order[start : start + size] for start in range(0, len(order), size)]
+        order = np.concatenate([part[np.argsort(self._lengths[part], kind="stable")] for part in windows])
+        whole = len(order) // self._rows * self._rows  # a last, smaller step stays the last
+        steps = order[:whole].reshape(-1, self._rows)
+        return np.concatenate([rng.permutation(steps).reshape(-1), order[whole:]])
 
     def _drawn(self, epoch: int, index: int) -> Example:
         example = self.examples[index]

@@ -154,12 +154,24 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
     rows = task.rows(loaded, prepared.data.train)
     if lost := _left_out(prepared.data.train, rows):
         prepared.data.facts["left_out"] = {"rows": len(lost), "of": len(prepared.data.train), "ids": lost}
+    examples, collate = Examples(rows, lambda record: task.encode(record, loaded)), _collate(prepared, task, loaded)
+    sizes = None if collate is packed_collate or task.couples_rows else _sizes(examples)
+    if sizes:
+        loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
     return Steps(
-        Examples(rows, lambda record: task.encode(record, loaded)), _collate(prepared, task, loaded), task.augment,
+        examples, collate, task.augment, lengths=sizes,
         seed=prepared.recipe.seed, batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps, epochs=train.num_train_epochs, max_steps=train.max_steps,
         share=distributed.share(),
     )  # fmt: skip
+
+
+def _sizes(examples: Sequence[Example]) -> list[int] | None:
+    """The length of every example; None where they have none, or all the same."""
+    if not len(examples) or "length" not in examples[0]:
+        return None
+    sizes = [example["length"] for example in _watched(examples, "measuring training rows")]
+    return sizes if len(set(sizes)) > 1 else None
 
 
 def _left_out(records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
