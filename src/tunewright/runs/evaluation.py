@@ -62,7 +62,8 @@ def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str
 def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -> list[str]:
     """Measure what a finished run's `gauges/` does not hold, and write report and card again.
 
-    The names of what was measured or tried. Raises RunError if the run is not finished or its rows have changed.
+    The names of what was measured, without what could not be. Raises RunError if the run is not finished or its rows
+    have changed.
     """
     run = RunDir.open(folder)
     if not run.finished or not (run.path / "predictions.jsonl").is_file():
@@ -77,10 +78,11 @@ def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -
             base_of(recipe, model, base, "an evaluation compares with the base"), data.train, data.validation,
             data.test, prepared.general,
         )  # fmt: skip
-        measured = gauging.measure_missing(ground, say, quick=False, again=True)
+        tried = gauging.measure_missing(ground, say, quick=False, again=True)
         write_report(run.path)
         write_card(run.path)
-    return measured
+        found = gauging.read(run)
+    return [name for name in tried if "not_run" not in found[name]]
 
 
 def _training_rows(run: RunDir) -> list[Record]:

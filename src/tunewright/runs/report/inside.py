@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tunewright.runs.report import charts, words
+from tunewright.runs.report import charts, refusing, words
 from tunewright.runs.report.charts import Scale, tag, text
 from tunewright.runs.report.gauge_charts import Part
 from tunewright.runs.report.record import Record
@@ -35,10 +35,11 @@ def elsewhere(record: Record) -> Part:
     """The page's "What did it lose?"."""
     moved, no_moves = record.gauge("divergence")
     asked, no_questions = record.gauge("probe")
+    refused, no_requests = record.gauge("refusals")
     answers = [found["sentence"] for found in (asked, moved) if found.get("sentence")]
     reason = "" if answers else f"{no_moves}; {no_questions}"
-    gauges = ({"not_run": no_moves} if no_moves else moved, {"not_run": no_questions} if no_questions else asked)
-    return _view(" ".join(answers), reason, lambda: lost(*gauges))
+    gauges = ((moved, no_moves), (asked, no_questions), (refused, no_requests))
+    return _view(" ".join(answers), reason, lambda: lost(*({"not_run": no} if no else found for found, no in gauges)))
 
 
 def _view(answer: str | None, reason: str, drawn: Callable[[], str]) -> Part:
@@ -59,12 +60,19 @@ def part(gauge: Gauge) -> str:
     return str(Markup("").join([_parts(gauge), _sweep(gauge), tag("h3", "What this cannot say"), limits]))
 
 
-def lost(divergence: Gauge, probe: Gauge) -> str:
-    """What did it lose? Questions answered before and not now, and how far it moved where nobody asked it to."""
-    asked = _absent(probe["not_run"]) if "not_run" in probe else _flips(probe)
-    drift = _absent(divergence["not_run"]) if "not_run" in divergence else _drift(divergence)
-    heads = (tag("h3", "General questions, before and after"), tag("h3", "How far it moved on other inputs"))
-    return str(Markup("").join([heads[0], asked, heads[1], drift]))
+def lost(divergence: Gauge, probe: Gauge, refusals: Gauge) -> str:
+    """What did it lose? Questions answered before and not now, requests refused, and how far it moved unasked."""
+    parts = (
+        ("General questions, before and after", probe, _flips),
+        ("Does it still refuse what it should, and help otherwise?", refusals, refusing.refusals),
+        ("How far it moved on other inputs", divergence, _drift),
+    )
+    drawn = [
+        part
+        for title, found, draw in parts
+        for part in (tag("h3", title), _absent(found["not_run"]) if "not_run" in found else draw(found))
+    ]
+    return str(Markup("").join(drawn))
 
 
 def _absent(reason: str) -> Markup:
