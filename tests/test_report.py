@@ -256,8 +256,10 @@ def test_the_first_screen_says_verdict_cost_sureness_rows_and_next_step(tmp_path
 def test_the_parts_stand_in_fixed_order(run: Path) -> None:
     questions = re.findall(r"<summary><h2>(.*?)</h2>", report(run))
     assert questions == [
-        "Is it better?", "Which rows?", "Where does it err?", "How did it learn?", "What did it learn from?",
-        "What did it cost?", "How to use it", "How was it made?", "What was not measured, and limits",
+        "Is it better?", "Which rows?", "Where does it err?", "For whom?", "What did it lose?",
+        "Does it hold when input is messy?", "Can I trust its confidence?", "What changed inside?", "How did it learn?",
+        "What did it learn from?", "What did it cost?", "How to use it", "How was it made?",
+        "What was not measured, and limits",
     ]  # fmt: skip
 
 

@@ -151,6 +151,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate = verb("evaluate", _evaluate, "show a run's evidence, or score base and tuned on another file")
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("file", nargs="?", metavar="FILE", help="rows with labels; none: what the run measured")
+    gauges = "measure on the run's own rows what was left out or was added since: messy input, groups, confidence ..."
+    evaluate.add_argument("--gauges", action="store_true", help=gauges)
     evaluate.add_argument("--base", help="where the base lies now, if it was moved")
     predict = verb("predict", _predict, "ask a run's model: a text, a picture, a folder, or a file of rows")
     predict.add_argument("folder", metavar="RUN")
@@ -288,6 +290,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     from tunewright.rundir import RunDir
 
     run = RunDir.open(options.folder)
+    if options.gauges:
+        from tunewright.runs.evaluation import measure_gauges
+
+        if options.file is not None:
+            raise RecipeError(Fault("--gauges looks at the run's own rows", where="command line", got=options.file))
+        measured = measure_gauges(run.path, options.base, _say)
+        _say(f"Measured: {', '.join(measured) or 'nothing was left'}.")
     if options.file is None:
         if not run.finished:
             from tunewright.errors import RunError

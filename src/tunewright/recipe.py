@@ -72,6 +72,8 @@ class EvaluateSpec:
     margin: float = 0.02  # the smallest change of the first metric that matters to you; never derived from n
     # rows of the same task that stand for what must not be lost: one file, or name -> file
     general: str | dict[str, str] | None = None
+    groups: tuple[str, ...] = ()  # columns by whose values base and tuned are scored apart (language, region, sex)
+    quick: bool = False  # True: without what needs further passes over the models (messy input, swapped names)
 
     @property
     def general_sets(self) -> dict[str, str]:
@@ -240,6 +242,8 @@ class Recipe:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""
         tree = self.tree()
         del tree["export"]  # what is written besides; the experiment is the same
+        for key in ("groups", "quick"):  # what is measured besides
+            del tree["evaluate"][key]
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
         general = tree["evaluate"]["general"]

@@ -210,6 +210,14 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
     return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
 
 
+def mean_interval(scores: Scores, level: float = 0.95) -> Interval:
+    """Interval of one model's mean score: Wilson for right/wrong rows, t for others; one row shows only itself."""
+    values = _scores("scores", scores)
+    if np.isin(values, (0, 1)).all():
+        return wilson_interval(int(values.sum()), len(values), level)
+    return paired_t(values, level)[1] if len(values) > 1 else (float(values[0]), float(values[0]))
+
+
 def paired_t(differences: Scores, level: float = 0.95) -> tuple[float, Interval, float]:
     """Mean, t interval and two-sided t test of paired differences; at least 2.
 

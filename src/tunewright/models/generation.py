@@ -1,4 +1,4 @@
-"""Greedy answers of a causal language model: many prompts at once, cached, the same as one by one.
+"""What a causal language model writes: greedy answers to many prompts, the same as one by one, and drawn texts.
 
 Knows transformers' `generate` and token ids; no messages and no task.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunewright.models.layout import max_positions
+from tunewright.models.layout import max_positions, speaks_words
 
 
 def generate(
@@ -73,6 +73,43 @@ def _together(
         end = next((place for place, i in enumerate(row) if i in stops), len(row) - 1)
         found.append(row[: end + 1])  # behind the first end token stands padding only
     return found
+
+
+@torch.inference_mode()
+def sample_ids(model: nn.Module, start: int, count: int, length: int, seed: int, ends: Sequence[int]) -> list[Tensor]:
+    """Texts that a model draws from an empty prompt at temperature 1, nothing held back: up to `length` new ids each.
+
+    start: the token a document begins with, which every sample keeps. The same seed, the same texts.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length, use_cache=True,
+        pad_token_id=ends[0] if ends else start, eos_token_id=list(ends) or None, repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+    )  # fmt: skip
+    prompts = torch.full((count, 1), start, dtype=torch.int64, device=device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        out = model.generate(  # type: ignore[operator]
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=settings
+        )
+    found = []
+    for row in out.cpu():
+        new = row[1:].tolist()
+        end = next((place for place, i in enumerate(new) if i in ends), len(new) - 1)
+        found.append(row[: end + 2])
+    return found
+
+
+def writes(model: nn.Module, head: str | None, tokenizer: Any) -> bool:
+    """Whether it is a causal language model: its head speaks the vocabulary, and no token sees what comes after it."""
+    two_parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if head is None or two_parts or not hasattr(tokenizer, "decode"):
+        return False
+    return speaks_words(model, head) and not looks_ahead(model)
 
 
 def looks_ahead(model: nn.Module) -> bool:

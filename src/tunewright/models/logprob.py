@@ -27,6 +27,16 @@ def label_logprob(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tenso
     return logprob.masked_fill(~labelled, 0.0)
 
 
+def kl_divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """KL(base || tuned): how much likelier the base finds its own words than the tuned model does, in nats.
+
+    base, tuned: (..., V) logits, before softmax. Returns (...) float32, from 0 on; exactly 0 for equal logits.
+    """
+    before, after = torch.log_softmax(base.float(), dim=-1), torch.log_softmax(tuned.float(), dim=-1)
+    # what the base holds for impossible counts nothing: 0 times minus infinity would be nan
+    return torch.where(before.isneginf(), 0.0, before.exp() * (before - after)).sum(-1)
+
+
 def causal_logprob(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Log-probability of every labelled token given the tokens before it in its own document.
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import jinja2
 import jinja2.nodes
+import torch
+from torch import Tensor
 
 from tunewright.errors import Fault, ModelError
 
@@ -187,6 +189,17 @@ def pieces(tokenizer: Any, messages: Sequence[Message], ends: Sequence[int], pro
             raise _rewrites(messages[-1], len(messages) - 1)
         found.append(Piece(encode(tokenizer, context[len(done) :], contents), answer=False))
     return found
+
+
+def asked(tokenizer: Any, request: str) -> Tensor:
+    """(T,) ids of one request up to where its answer begins: by the template, else as a question in plain words."""
+    if tokenizer.chat_template:
+        found = pieces(tokenizer, [{"role": "user", "content": request}], end_ids(tokenizer), prompt=True)
+        ids = [i for piece in found for i in piece.ids]
+    else:
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = start + tokenizer(f"Q: {request}\nA:", add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _context(tokenizer: Any, messages: Sequence[Message]) -> str:

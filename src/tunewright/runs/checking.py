@@ -21,7 +21,7 @@ from tunewright.data.batches import Examples, Steps
 from tunewright.engine import distributed
 from tunewright.engine.packing import can_pack, packed_collate
 from tunewright.engine.precision import suit_storage
-from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError
+from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
 from tunewright.models.load import resolve
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
@@ -55,6 +55,7 @@ def prepare(recipe: Recipe) -> Prepared:
     general = {}
     if task is not None and data is not None:
         general = _general(recipe, task, data, faults)
+        faults += _missing_groups(recipe, data)
         try:
             task = task.fit_to(data.train)
         except RecipeError as error:
@@ -108,6 +109,17 @@ def _general(recipe: Recipe, task: Task, data: records.Data, faults: list[Fault]
             faults.append(Fault("no row is left to score", where=f"evaluate.general {name}", got=f"{len(rows)} rows"))
         found[name] = [r | {"row": f"{name}/{r['row']}"} for r in kept]
     return found
+
+
+def _missing_groups(recipe: Recipe, data: records.Data) -> list[Fault]:
+    """Columns of `evaluate.groups` that no test row has."""
+    known = sorted({column for record in data.test for column in record["extra"]})
+    return [
+        Fault(f'there is no column "{column}" beside the task\'s own', "evaluate.groups", "",
+              f"one of {', '.join(known)}" if known else "a column that the task does not read", "",
+              nearest(column, known))
+        for column in recipe.evaluate.groups if column not in known and data.test
+    ]  # fmt: skip
 
 
 def _build(folder: str, choice: Choice, kind: type[Any], faults: list[Fault]) -> Any:

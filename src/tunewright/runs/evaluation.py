@@ -1,20 +1,24 @@
-"""A finished run scored on another file: base and tuned on the same rows, with the run's own statistics.
+"""A finished run scored on another file with its own statistics, or measured where its gauges have not run yet.
 
-Knows run folders and contracts. The run's own test rows are not opened again for this.
+Knows run folders and contracts. For another file the run's own test rows are not opened again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunewright.contracts import Record, Task
 from tunewright.data import inspection, records
-from tunewright.errors import DataError, Fault, nearest
+from tunewright.errors import DataError, Fault, RunError, nearest
 from tunewright.rundir import RunDir
-from tunewright.runs.evidence import gather
-from tunewright.runs.prediction import base_of, labels_of, open_run, task_of
+from tunewright.runs import checking
+from tunewright.runs.evidence import gather, gauging
+from tunewright.runs.prediction import base_of, is_whole, labels_of, method_of, open_run, task_of
+from tunewright.runs.report.card import write_card
+from tunewright.runs.report.page import write_report
 
 
 def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str, Any]:
@@ -53,6 +57,32 @@ def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str
         margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed,
         overlap=_overlap(task, training, rows),
     )  # fmt: skip
+
+
+def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -> list[str]:
+    """Measure what a finished run's `gauges/` does not hold, and write report and card again.
+
+    The names of what was measured, without what could not be. Raises RunError if the run is not finished or its rows
+    have changed.
+    """
+    run = RunDir.open(folder)
+    if not run.finished or not (run.path / "predictions.jsonl").is_file():
+        raise RunError(Fault("not finished, so there is nothing to measure on", where=str(run.path)))
+    with run.locked():
+        recipe, model = run.recipe(), run.path / "model"
+        moved = replace(recipe, model=replace(recipe.model, checkpoint=base)) if base else recipe
+        prepared, predictor = checking.prepare(moved), open_run(folder, base)
+        data = prepared.data
+        ground = gauging.Ground(
+            run, recipe, predictor.task, method_of(recipe), predictor.loaded, predictor.model, is_whole(model),
+            base_of(recipe, model, base, "an evaluation compares with the base"), data.train, data.validation,
+            data.test, prepared.general,
+        )  # fmt: skip
+        tried = gauging.measure_missing(ground, say, quick=False, again=True)
+        write_report(run.path)
+        write_card(run.path)
+        found = gauging.read(run)
+    return [name for name in tried if "not_run" not in found[name]]
 
 
 def _training_rows(run: RunDir) -> list[Record]:

@@ -1,6 +1,7 @@
 """train(recipe): the one wire that knows the floors below. Recipe in, run folder out.
 
-check -> folder -> base -> fit -> model/ -> evidence on the test rows, opened once -> report and card, written last.
+check -> folder -> base -> fit -> model/ -> evidence on the test rows, opened once -> gauges -> report and card,
+written last.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Recipe
 from tunewright.rundir import RunDir, fresh_path
 from tunewright.runs import checking
-from tunewright.runs.evidence import gather
+from tunewright.runs.evidence import gather, gauging
 from tunewright.runs.evidence.verdict import visible_sentence
 from tunewright.runs.folding import export_merged
 from tunewright.runs.report.card import write_card
@@ -171,14 +172,17 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
     seconds = state.seconds or time.perf_counter() - began
     if is_first():
         _save_model(run, task, method, model, loaded, recipe)
+    baseline = None
     if not from_first((run.path / "evidence.json").is_file):  # the test rows are opened once
-        answers = _answers(task, model, loaded, prepared, quiet)
+        baseline, answers = _answers(task, model, loaded, prepared, quiet)
         if is_first():
-            evidence = _evidence(run, task, loaded, prepared, *answers)
+            evidence = _evidence(run, task, loaded, prepared, baseline, answers)
             evidence["cost"] = _cost(model, state, seconds, place)
             _write_solved(run, state)
             run.write_json("evidence.json", evidence)
     if is_first():
+        ground = _ground(run, task, method, loaded, model, prepared, baseline)
+        gauging.measure_missing(ground, say, quick=recipe.evaluate.quick)
         write_report(run.path)
         run.sync()  # the card says that the run is finished
         write_card(run.path)
@@ -345,6 +349,22 @@ def _evidence(
     return gather.weigh(
         task, loaded.labels, data.test, baseline, base, tuned,
         margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed, general=general,
+    )  # fmt: skip
+
+
+def _ground(
+    run: RunDir,
+    task: Task,
+    method: Method,
+    loaded: Loaded,
+    model: Any,
+    prepared: checking.Prepared,
+    baseline: Baseline | None,
+) -> gauging.Ground:
+    recipe, data = prepared.recipe, prepared.data
+    return gauging.Ground(
+        run, recipe, task, method, loaded, model, whole=False, spec=recipe.model, training=data.train,
+        validation=data.validation, test=data.test, general=prepared.general, baseline=baseline,
     )  # fmt: skip
 
 

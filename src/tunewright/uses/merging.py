@@ -12,15 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunewright.contracts import Metric, Record
 from tunewright.data import inspection, records
 from tunewright.data.batches import Examples
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.errors import DataError, Fault, RunError
-from tunewright.models.layout import within
 from tunewright.models.load import weights_digest
+from tunewright.models.weights import in_common, put, weights
 from tunewright.recipe import ModelSpec
 from tunewright.rundir import RunDir
 from tunewright.runs import checking, equality, folding
@@ -169,10 +167,7 @@ class Trial:
 
     def put(self, weights: Weights) -> Predictor:
         """The model with these weights."""
-        places = dict(self.predictor.model.named_parameters()) | dict(self.predictor.model.named_buffers())
-        with torch.no_grad():
-            for name, value in weights.items():
-                places[name].copy_(value)
+        put(self.predictor.model, weights)
         return self.predictor
 
     def score(self, weights: Weights) -> float:
@@ -251,12 +246,12 @@ def _mixture(
         equality.require_equal(figures, str(run.path))
         say(f"{run.path.name}: {folded.how} {equality.told(figures)}")
         folds.append(figures)
-        found.append(_weights(folded.predictor.model))
+        found.append(weights(folded.predictor.model))
         models = models or [folded.predictor]  # the others are let go
         _same_shapes(runs[0], found[0], run, found[-1])
     loaded = ground.prepared.task.load(ground.spec, models[0].loaded.labels)
-    start = _weights(folding.in_float32(loaded.model))
-    known = {n for n, v in found[0].items() if n in start and start[n].shape == v.shape and not within(n, loaded.fresh)}
+    start = weights(folding.in_float32(loaded.model))
+    known = in_common(start, found[0], loaded.fresh)
     mixture = Mixture(
         base={name: start[name] for name in known},
         models=found,
@@ -282,13 +277,6 @@ def _remarks(mixture: Mixture, runs: Sequence[RunDir], fresh: Sequence[str]) -> 
     if mixture.buffers:
         said.append(f"{len(mixture.buffers)} statistics of normalisation layers are averaged, not computed anew.")
     return said
-
-
-def _weights(model: torch.nn.Module) -> Weights:
-    """Parameters and saved statistics in float32 on the CPU; shared ones once."""
-    saved = set(model.state_dict())
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in saved)]
-    return {name: value.detach().float().cpu().clone() for name, value in named if value.is_floating_point()}
 
 
 def _same_shapes(first: RunDir, one: Weights, run: RunDir, two: Weights) -> None:

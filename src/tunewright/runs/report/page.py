@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import charts, history, words
+from tunewright.runs.report import calibration, charts, groups, history, inside, robustness, words
 from tunewright.runs.report.flips import Fit, flipped_rows
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
 
@@ -67,7 +67,9 @@ def render(record: Record, fit: Fit) -> str:
     }  # fmt: skip
     return environment.get_template("template.html").render(
         style=style, head=head, first=first_screen(record), better=better(record), rows=flipped_rows(record, fit),
-        errors=errors(record), learning=history.learning(record), data=history.data(record),
+        errors=errors(record), whom=groups.for_whom(record), lost=inside.elsewhere(record),
+        messy=robustness.messy(record), confidence=calibration.confidence(record), inside=inside.changed(record),
+        learning=history.learning(record), data=history.data(record),
         cost=history.cost(record), usage=history.use(record),
         made=history.made(record), limits=limits(record),
     )  # fmt: skip

@@ -35,6 +35,15 @@ class Record:
     files: dict[str, Any]
     missing: dict[str, str]
     recipe: str = ""
+    gauges: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def gauge(self, name: str) -> tuple[dict[str, Any], str]:
+        """(what the gauge found, "") or ({}, why it did not run)."""
+        found = self.gauges.get(name)
+        if found is None:
+            reason = self.missing.get(f"gauges/{name}.json") or _absent(f"gauges/{name}.json")
+            return {}, f"{reason}; `tunewright evaluate RUN --gauges` measures it"
+        return ({}, str(found["not_run"])) if "not_run" in found else (found, "")
 
     def part(self, file: str) -> dict[str, Any]:
         """The JSON object in `file`; {} where it is missing."""
@@ -162,12 +171,16 @@ def read(run: Path) -> Record:
         files[file], missing[file] = _object(run / file)
     for file in LISTS:
         files[file], missing[file] = _lines(run / file)
+    gauges: dict[str, dict[str, Any]] = {}
+    for path in sorted((run / "gauges").glob("*.json")):
+        value, missing[f"gauges/{path.name}"] = _object(path)
+        gauges |= {path.stem: value} if value is not None else {}
     recipe = ""
     if (run / "recipe.yaml").is_file():
         recipe = clean((run / "recipe.yaml").read_text(encoding="utf-8", errors="replace"))
     else:
         missing["recipe.yaml"] = _absent("recipe.yaml")
-    return Record(run, evidence, files, {file: reason for file, reason in missing.items() if reason}, recipe)
+    return Record(run, evidence, files, {file: reason for file, reason in missing.items() if reason}, recipe, gauges)
 
 
 def clean(value: Any) -> Any:
