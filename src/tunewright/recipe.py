@@ -73,6 +73,7 @@ class EvaluateSpec:
     # rows of the same task that stand for what must not be lost: one file, or name -> file
     general: str | dict[str, str] | None = None
     groups: tuple[str, ...] = ()  # columns by whose values base and tuned are scored apart (language, region, sex)
+    harness: tuple[str, ...] = ()  # public benchmarks by lm-evaluation-harness's names, or task files of yours (.yaml)
     quick: bool = False  # True: without what needs further passes over the models (messy input, swapped names)
 
     @property
@@ -189,6 +190,8 @@ class Recipe:
         """Relative paths that exist beneath `folder` made absolute; hub ids stay as they are."""
         data = {k: getattr(self.data, k) for k in ("train", "validation", "test")}
         data = {k: str(rooted(folder, v)) for k, v in data.items() if v is not None}
+        files = (".yaml", ".yml")
+        harness = tuple(str(rooted(folder, n)) if n.endswith(files) else n for n in self.evaluate.harness)
         general = self.evaluate.general
         if isinstance(general, str):
             general = str(rooted(folder, general))
@@ -202,7 +205,7 @@ class Recipe:
             self,
             data=dataclasses.replace(self.data, **data),
             model=dataclasses.replace(self.model, checkpoint=checkpoint),
-            evaluate=dataclasses.replace(self.evaluate, general=general),
+            evaluate=dataclasses.replace(self.evaluate, general=general, harness=harness),
         )
 
     def tree(self) -> dict[str, Any]:
@@ -242,7 +245,7 @@ class Recipe:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""
         tree = self.tree()
         del tree["export"]  # what is written besides; the experiment is the same
-        for key in ("groups", "quick"):  # what is measured besides
+        for key in ("groups", "harness", "quick"):  # what is measured besides
             del tree["evaluate"][key]
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name

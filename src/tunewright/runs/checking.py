@@ -6,6 +6,7 @@ Knows recipe, data, task and method as contracts. Collects every fault there is 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ def prepare(recipe: Recipe) -> Prepared:
         data, found = records.load(recipe.data, task.fields, seed=recipe.seed, validation=validation)
         faults += found
     general = {}
+    faults += _missing_harness(recipe)
     if task is not None and data is not None:
         general = _general(recipe, task, data, faults)
         faults += _missing_groups(recipe, data)
@@ -120,6 +122,19 @@ def _missing_groups(recipe: Recipe, data: records.Data) -> list[Fault]:
               nearest(column, known))
         for column in recipe.evaluate.groups if column not in known and data.test
     ]  # fmt: skip
+
+
+def _missing_harness(recipe: Recipe) -> list[Fault]:
+    """Benchmarks that nobody here could ask."""
+    where, names = "evaluate.harness", recipe.evaluate.harness
+    found = [
+        Fault("there is no such task file", where=where, got=name)
+        for name in names if name.endswith((".yaml", ".yml")) and not Path(name).is_file()
+    ]  # fmt: skip
+    if names and importlib.util.find_spec("lm_eval") is None:
+        remedy = "pip install 'tunewright[harness]', or leave evaluate.harness out."
+        found.append(Fault("lm-evaluation-harness is not installed", where=where, remedy=remedy))
+    return found
 
 
 def _build(folder: str, choice: Choice, kind: type[Any], faults: list[Fault]) -> Any:

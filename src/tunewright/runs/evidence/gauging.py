@@ -67,7 +67,8 @@ class Ground:
             validation=() if quick else self.validation, test=self.test, before=before, after=after,
             margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed, batch_size=size,
             trunk=(lambda: opened) if opened else (lambda: self.task.load(self.spec, self.loaded.labels)),
-            general=self.general, name=self.run.path.name, groups=recipe.evaluate.groups, quick=quick,
+            general=self.general, name=self.run.path.name, groups=recipe.evaluate.groups,
+            harness=recipe.evaluate.harness, quick=quick,
         )  # fmt: skip
 
     def _plain(self) -> nn.Module:
