@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import history, page, words
+from tunewright.runs.report import first, history, page, words
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
@@ -71,8 +71,8 @@ def body(record: Record) -> str:
         f"# {plain(record.name)}",
         opening,
         f"**{plain(words.sentence(verdict.get('sentence') or 'No verdict: the evidence holds none.'))}**",
-        *(plain(words.capital(line)) for line in page.elsewhere(record)),
-        "How sure: " + " ".join(plain(line) for line in page.how_sure(record)),
+        *(plain(words.capital(line)) for line in first.elsewhere(record)),
+        "How sure: " + " ".join(plain(line) for line in first.how_sure(record)),
         "## Scores", _scores(record), plain(page.baseline(record)),
         "## Data", _data(record),
         "## How to use it", _use(usage, record),
