@@ -79,8 +79,8 @@ def _moved(record: Record) -> list[str]:
     word = f" At {words.share(same)} of places it expects the same next word." if words.is_number(same) else ""
     return [
         f"{words.capital(str(first.get('name')))}, on {words.count(first.get('n'))} {first.get('on')}: "
-        f"{words.number(first['value'])} {first.get('unit')} (95% interval {words.number(low)} to {words.number(high)})."
-        f"{word} This says how far it moved, not what it lost."
+        f"{words.number(first['value'])} {first.get('unit')} "
+        f"(95% interval {words.number(low)} to {words.number(high)}).{word} This says how far it moved, not what it lost."
     ]  # fmt: skip
 
 

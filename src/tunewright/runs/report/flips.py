@@ -97,7 +97,7 @@ def sampled_rows(record: Record, samples: Sequence[Mapping[str, Any]], fit: Fit)
 
 
 def _quotas(examples: Sequence[Mapping[str, Any]], fit: Fit) -> dict[str, int]:
-    """How many of each kind are shown: half for broken, what is left over goes on to fixed; the others by themselves."""
+    """How many of each kind are shown: half for broken, what is left over goes to fixed; the others have their own."""
     present = {kind: sum(row.get("kind") == kind for row in examples) for kind, _, _ in KINDS}
     broken = min(present["broken"], max(fit.rows // 2, fit.rows - present["fixed"]))
     fixed = min(present["fixed"], fit.rows - broken)

@@ -105,8 +105,8 @@ def _group_lost(record: Record) -> Step:
     others = f" So it did for {words.plural(len(lost) - 1, 'other group')}." if len(lost) > 1 else ""
     name = f"{column} {words.short(group.get('value'), 40)}"
     why = (
-        f"There it went from {m.shown(m.base)} to {m.shown(m.tuned)} ({words.plural(m.n, 'row')}, {m.shown_difference}, "
-        f"95% interval {m.interval}).{others}"
+        f"There it went from {m.shown(m.base)} to {m.shown(m.tuned)} ({words.plural(m.n, 'row')}, "
+        f"{m.shown_difference}, 95% interval {m.interval}).{others}"
     )
     return {"do": f"Do not use it for {name} yet.", "why": why}
 
@@ -164,7 +164,7 @@ def _messy(record: Record) -> str:
     found, _ = record.gauge("robustness")
     lines = [mapping(line) for line in sequence(found.get("severities"))]
     gain = mapping(lines[-1].get("gain")) if lines else {}
-    way = {key: found[key] for key in ("higher_is_better", "proportion") if key in found}
+    way: dict[str, Any] = {key: found[key] for key in ("higher_is_better", "proportion") if key in found}
     m = Measure.read({**way, **gain, "n": found.get("n")}, record.margin)
     if m.finding != "worse":
         return ""

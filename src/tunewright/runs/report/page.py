@@ -62,14 +62,15 @@ def render(record: Record, fit: Fit) -> str:
         "name": record.name, "task": usage.get("task") or "", "method": usage.get("method") or "",
         "base": record.base_name,
     }  # fmt: skip
-    return filled(
-        "template.html", script=ours("rows.js"), head=head, first=first_screen(record), better=better(record), rows=flipped_rows(record, fit),
-        errors=errors(record), whom=groups.for_whom(record), lost=inside.elsewhere(record),
-        messy=robustness.messy(record), confidence=calibration.confidence(record), inside=inside.changed(record),
-        learning=history.learning(record), data=history.data(record),
-        cost=history.cost(record), usage=history.use(record),
-        made=history.made(record), limits=limits(record),
-    )  # fmt: skip
+    views = {
+        "first": first_screen(record), "better": better(record), "rows": flipped_rows(record, fit),
+        "errors": errors(record), "whom": groups.for_whom(record), "lost": inside.elsewhere(record),
+        "messy": robustness.messy(record), "confidence": calibration.confidence(record),
+        "inside": inside.changed(record), "learning": history.learning(record), "data": history.data(record),
+        "cost": history.cost(record), "usage": history.use(record), "made": history.made(record),
+        "limits": limits(record),
+    }  # fmt: skip
+    return filled("template.html", ours("rows.js"), head=head, **views)
 
 
 def filled(template: str, script: Markup | str = "", **views: Any) -> str:
