@@ -129,7 +129,8 @@ def _alone_figure(base: dict[str, Any], tuned: dict[str, Any]) -> Markup:
         for side, lines in sides.items() for p in lines
     ]  # fmt: skip
     key = gauge_charts.key(
-        *DASHED_AND_SOLID, ("left to right", "the surest tenth alone, up to all rows; the intervals hold for all at once")
+        *DASHED_AND_SOLID,
+        ("left to right", "the surest tenth alone, up to all rows; the intervals hold for all at once"),
     )
     message = _alone_sentence(sides["tuned"])
     return charts.figure(words.sentence(message), picture, charts.table(heads, rows, range(1, 7)), key)
@@ -149,9 +150,9 @@ def _alone_sentence(lines: list[dict[str, Any]]) -> str:
     whole = place(lines[-1].get("error"))
     safe = [line for line in lines if ends(line.get("ci95"))[1] <= SAFE]
     fewer = [line for line in lines if place(line.get("error")) <= whole / 2]
-    chosen = (safe or fewer or [None])[-1]
-    if chosen is None:
+    if not safe and not fewer:
         return "Being surer does not make it right twice as often: no threshold is of much use here."
+    chosen = (safe or fewer)[-1]
     return (
         f"If it answers by itself only where it is surer than {words.share(chosen.get('threshold'))}, that is "
         f"{words.share(chosen.get('share'))} of rows, {words.share(chosen.get('error'))} of those are wrong "

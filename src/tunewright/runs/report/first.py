@@ -80,7 +80,8 @@ def _moved(record: Record) -> list[str]:
     return [
         f"{words.capital(str(first.get('name')))}, on {words.count(first.get('n'))} {first.get('on')}: "
         f"{words.number(first['value'])} {first.get('unit')} "
-        f"(95% interval {words.number(low)} to {words.number(high)}).{word} This says how far it moved, not what it lost."
+        f"(95% interval {words.number(low)} to {words.number(high)}).{word} "
+        "This says how far it moved, not what it lost."
     ]  # fmt: skip
 
 

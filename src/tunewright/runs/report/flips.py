@@ -106,7 +106,7 @@ def _quotas(examples: Sequence[Mapping[str, Any]], fit: Fit) -> dict[str, int]:
 
 def _example(row: Mapping[str, Any], fit: Fit, pictures: Pictures, kind: str) -> dict[str, Any]:
     image, reason = pictures.thumbnail(row["image"]) if row.get("image") else ("", "")
-    texts = {key: _passage(row.get(key), fit, nothing) for key, nothing in NOTHING.items()}
+    texts = {key: passage(row.get(key), fit, nothing) for key, nothing in NOTHING.items()}
     texts["tuned"]["parts"] = _differing(texts["base"]["head"], texts["tuned"]["head"])
     score = row.get("score")
     sure = _sure(score) if words.is_number(score) and 0 < score <= 1 else ""
@@ -128,7 +128,7 @@ def _differing(base: str, tuned: str) -> list[tuple[bool, str]]:
     return [(kind != "equal", "".join(after[start:end])) for kind, _, _, start, end in steps if end > start]
 
 
-def _passage(value: Any, fit: Fit, nothing: str) -> dict[str, Any]:
+def passage(value: Any, fit: Fit, nothing: str) -> dict[str, Any]:
     """A text as it stands on the page: its head, the rest behind a disclosure, and what was left out for size.
 
     nothing: what is said where there is no value.
