@@ -12,6 +12,7 @@
   const buttons = [...controls.querySelectorAll("button[data-kind]")];
   let kind = "";
   let current = null;
+  let begun = false; // whether someone has stood on `current`: the first step goes to it, the next ones from it
 
   const seen = () => rows.filter((row) => !row.hidden && !row.parentNode.hidden);
 
@@ -28,7 +29,7 @@
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.kind === kind));
     const left = seen();
     status.textContent = `${left.length} of ${rows.length} listed rows`;
-    if (!left.includes(current)) mark(left[0] || null);
+    if (!left.includes(current)) { mark(left[0] || null); begun = false; }
   }
 
   function mark(row) {
@@ -40,13 +41,13 @@
   function step(by) {
     const left = seen();
     if (!left.length) return;
-    const from = part.contains(document.activeElement) && document.activeElement === current;
-    const next = left.indexOf(current) + (from || by < 0 ? by : 0);
+    const next = left.indexOf(current) + (begun ? by : 0);
     go(left[Math.max(0, Math.min(left.length - 1, next))]);
   }
 
   function go(row) {
     mark(row);
+    begun = true;
     row.focus({ preventScroll: true });
     row.scrollIntoView({ block: "nearest" });
   }
@@ -59,7 +60,7 @@
     kind = group.dataset.kind;
     show();
     part.scrollIntoView();
-    if (current) { mark(seen()[0] || null); current.focus({ preventScroll: true }); }
+    if (seen().length) { mark(seen()[0]); current.focus({ preventScroll: true }); }
   }
 
   for (const row of rows) row.tabIndex = -1;
@@ -70,7 +71,7 @@
   search.addEventListener("input", show);
   part.addEventListener("focusin", (event) => {
     const row = event.target.closest("tr.row");
-    if (row) mark(row);
+    if (row) { mark(row); begun = true; }
   });
   part.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;

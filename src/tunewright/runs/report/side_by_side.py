@@ -243,7 +243,8 @@ def _plot_figure(
         )
         return Markup("").join([charts.tag("p", why, class_="absent"), charts.forest(list(gains))])
     rows = [(name, _with_interval(gain), shown) for name, gain, shown in zip(names, gains, across.shown, strict=True)]
-    message = f"Gain at the task (up) against {across.label} (across). {across.note}"
+    unit = ", in points" if gains[0].in_points else ""
+    message = f"Gain at the task{unit} (up), against {across.label} (across). {across.note}"
     key = tag("p", "Cross: 95% intervals of both. Circle: better. Square: worse. Ring: unclear.", class_="key")
     picture = _plot(marks, gains, across)
     numbers = charts.table(("run", "gain (95% interval)", f"{across.label} (95% interval)"), rows, (1, 2))
