@@ -569,6 +569,50 @@ def test_the_card_is_read_by_huggingface_hub(tmp_path: Path) -> None:
     assert results["accuracy"].dataset_name == "held-out rows of tickets.jsonl"
 
 
+def test_the_metadata_says_how_many_rows_and_how_sure(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    data: Any = ModelCard(write_card(text_run(tmp_path)).read_text(encoding="utf-8")).data
+    accuracy = next(result for result in data.eval_results if result.metric_type == "accuracy")
+    assert accuracy.metric_name == (
+        "accuracy (500 held-out rows; before 51.0% (zero-shot); difference +40.0 points, 95% interval +35.6 to +44.4)"
+    )
+
+
+def test_test_rows_of_the_hub_get_the_newer_format_beside_it(tmp_path: Path) -> None:
+    from huggingface_hub import eval_result_entries_to_yaml, parse_eval_result_entries
+
+    text_run(tmp_path)
+    files = [{"file": "glue#sst2:validation", "split": "test", "format": "hub", "rows_read": 872, "rows_kept": 872}]
+    edit(tmp_path, "data.json", files=files)
+    (tmp_path / "recipe.yaml").write_text("data:\n  train: a.csv\n  test: nyu-mll/glue#sst2:validation\n")
+    write_card(tmp_path)
+    written = yaml.safe_load((tmp_path / ".eval_results" / "tunewright.yaml").read_text(encoding="utf-8"))
+    entries = parse_eval_result_entries(written)
+    assert eval_result_entries_to_yaml(entries) == written
+    assert [(e.dataset_id, e.task_id, e.value) for e in entries] == [
+        ("nyu-mll/glue", "sst2", 0.91), ("nyu-mll/glue", "sst2", 0.8991), ("nyu-mll/glue", "sst2", 0.31239),
+    ]  # fmt: skip
+    assert "500 held-out rows" in str(entries[0].notes)
+    assert "95% interval +35.6 to +44.4" in str(entries[0].notes)
+    assert entries[0].date is None, "the same run, the same bytes"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["data: {test: rows.csv}", "data: {train: org/name}", "data: [", "{{", "data: {test: a/b}"]
+)
+def test_a_private_file_is_never_called_a_benchmark(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)  # a saved data set looks like a hub id, and is a folder
+    text_run(tmp_path)
+    edit(tmp_path, "data.json", files=[{"file": "b", "split": "test", "format": "hub"}])
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    write_card(tmp_path)
+    assert not (tmp_path / ".eval_results").exists()
+
+
 @pytest.mark.promise(13)
 def test_the_card_says_verdict_scores_use_and_limits(tmp_path: Path) -> None:
     _, text = front_and_body(write_card(text_run(tmp_path)))

@@ -27,6 +27,7 @@ def first_screen(record: Record) -> dict[str, Any]:
     sentence = words.sentence(verdict.get("sentence") or reason)
     symbol, tone = ANSWERS.get(answer, ("–", "unclear"))
     opening, _, rest = sentence.partition(": ")
+    opening += " whether it got better" if opening == "Can't tell" else ""
     return {
         "answer": answer, "symbol": symbol, "tone": tone, "opening": opening, "rest": words.capital(rest),
         "elsewhere": elsewhere(record), "sure": how_sure(record), "strip": strip(record), "next": next_step(record),

@@ -77,6 +77,7 @@ def filled(template: str, script: Markup | str = "", **views: Any) -> str:
     """A template of ours with our style, and the policy that allows these two texts and nothing else."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    environment.filters["coded"] = words.code_parts
     style = ours("style.css")
     return environment.get_template(template).render(policy=policy(style, script), style=style, script=script, **views)
 

@@ -20,7 +20,7 @@ from tunewright.runs.report import charts, words
 from tunewright.runs.report.charts import Scale, mark, tag, text
 from tunewright.runs.report.flips import Fit, passage
 from tunewright.runs.report.page import LIMIT, filled
-from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
+from tunewright.runs.report.record import Measure, Record, clean, mapping, read, sequence
 
 Table = dict[str, Any]
 MOST_ROWS = 300  # rows on which the runs differ, spelt out
@@ -62,6 +62,7 @@ def write_side_by_side(table: Table, rows: Sequence[Table], paths: Sequence[Path
 
 def render(table: Table, rows: Sequence[Table], records: Sequence[Record], most: int = MOST_ROWS) -> str:
     """The page's HTML; everything that comes from data is escaped by jinja or by charts.tag."""
+    table, rows = clean(table), clean(list(rows))
     marks = _marks(len(records))
     names = [f"{sign} · {line['run']}" for sign, line in zip(marks, table["runs"], strict=True)]
     gains = [_gain(record) for record in records]
