@@ -334,6 +334,6 @@ def test_forty_groups_and_hostile_names_stay_small_and_harmless(run):
     found["columns"] = [found["columns"][0] | {"groups": groups, "column": f'col"{c}<b>'} for c in range(20)]
     (run / "gauges" / "groups.json").write_text(json.dumps(found))
     source = write_report(run).read_text(encoding="utf-8")
-    assert "<script" not in source
+    assert source.count("<script") == 1  # ours
     assert len(source.encode()) < LIMIT
     assert "16 of 40 are drawn" in source

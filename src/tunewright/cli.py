@@ -159,8 +159,11 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     predict.add_argument("input", metavar="INPUT", help="a text, a picture, a folder of pictures, a CSV or JSONL file")
     predict.add_argument("-o", "--output", help="where the rows with answers go; default: beside a CSV, .predicted.csv")
     predict.add_argument("--base", help="where the base lies now, if it was moved")
-    report = verb("report", _report, "write report.html and the model card of a run again")
-    report.add_argument("folder", metavar="RUN")
+    report = verb(
+        "report", _report, "write report.html and the model card of a run again; of several: one page for all"
+    )
+    report.add_argument("folders", nargs="+", metavar="RUN")
+    report.add_argument("--out", metavar="FILE", help="several runs: where the page goes (default: compare.html)")
     compare = verb("compare", _compare, "runs side by side on the same held-out rows")
     compare.add_argument("folders", nargs="+", metavar="RUN")
     merge = verb("merge", _merge, "fold a run into a plain model, or several runs of one base into one; proven equal")
@@ -338,9 +341,22 @@ def _report(options: argparse.Namespace) -> int:
     from tunewright.runs.report.card import write_card
     from tunewright.runs.report.page import write_report
 
-    run = RunDir.open(options.folder)
+    if len(options.folders) > 1:
+        return _report_all([Path(folder) for folder in options.folders], options)
+    if options.out:
+        raise UserError(Fault("--out is for several runs; the page of one stays in its folder", where="command line"))
+    run = RunDir.open(options.folders[0])
     page, card = write_report(run.path), write_card(run.path)
     _result(options, {"report": str(page), "card": str(card)}, f"{page}\n{card}")
+    return 0
+
+
+def _report_all(folders: list[Path], options: argparse.Namespace) -> int:
+    from tunewright.runs.report.side_by_side import write_side_by_side
+    from tunewright.uses.comparison import compare, differing
+
+    page = write_side_by_side(compare(folders), differing(folders), folders, Path(options.out or "compare.html"))
+    _result(options, {"report": str(page)}, str(page))
     return 0
 
 

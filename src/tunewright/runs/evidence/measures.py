@@ -12,7 +12,8 @@ from tunewright.contracts import Metric, Prediction, Record, Task
 from tunewright.data import inspection
 from tunewright.metrics import statistics
 
-SHOWN_FLIPS = 200  # rows kept in evidence.json; all of them stand in predictions.jsonl
+SHOWN_FLIPS = 600  # rows kept in evidence.json; all of them stand in predictions.jsonl
+SHOWN_OTHERS = 40  # of each kind of row whose score did not change
 SHOWN_SAMPLES = 20  # rows shown where no row is right or wrong
 LONGEST_INPUT = 2000  # characters of an input kept beside a flip
 
@@ -53,22 +54,36 @@ def flips(
     base: Sequence[tuple[Prediction, dict[str, Any]]],
     tuned: Sequence[tuple[Prediction, dict[str, Any]]],
 ) -> dict[str, Any] | None:
-    """Rows that one side has right and the other wrong, the confidently broken first; None without right and wrong."""
+    """Rows that one side has right and the other wrong, the confidently broken first; None without right and wrong.
+
+    `others`: the surest rows of the same score, answered otherwise (`changed`) or wrongly as before (`same_wrong`).
+    """
     name = task.metrics[0].name
     if not all(scores[name] in (0.0, 1.0) for _, scores in (*base, *tuned)):
         return None
-    counts = {"fixed": 0, "broken": 0, "kept_right": 0, "still_wrong": 0}
+    counts = {"fixed": 0, "broken": 0, "kept_right": 0, "still_wrong": 0, "changed": 0, "same_wrong": 0}
     kinds = {(0.0, 1.0): "fixed", (1.0, 0.0): "broken", (1.0, 1.0): "kept_right", (0.0, 0.0): "still_wrong"}
     examples = []
+    others: dict[str, list[dict[str, Any]]] = {"changed": [], "still_wrong": []}
     for record, (before, b), (after, t) in zip(records, base, tuned, strict=True):
         kind = kinds[b[name], t[name]]
         counts[kind] += 1
+        shown = {"row": record["row"], "kind": kind, **_input(task, record), **_answers(task, record, before, after)}
         if kind in ("fixed", "broken"):
-            examples.append(
-                {"row": record["row"], "kind": kind, **_input(task, record), **_answers(task, record, before, after)}
-            )
-    examples.sort(key=lambda e: (e["kind"] != "broken", -e["score"], e["row"]))
-    return counts | {"examples": examples[:SHOWN_FLIPS]}
+            examples.append(shown)
+        elif shown["base"] != shown["tuned"]:
+            counts["changed"] += 1
+            others["changed"].append(shown | {"kind": "changed"})
+        elif kind == "still_wrong":
+            counts["same_wrong"] += 1
+            others["still_wrong"].append(shown)
+    examples.sort(key=lambda e: (e["kind"] != "broken", *_surest(e)))
+    few = [row for rows in others.values() for row in sorted(rows, key=_surest)[:SHOWN_OTHERS]]
+    return counts | {"examples": examples[:SHOWN_FLIPS], "others": few}
+
+
+def _surest(example: dict[str, Any]) -> tuple[float, str]:
+    return -example["score"], example["row"]
 
 
 def samples(
