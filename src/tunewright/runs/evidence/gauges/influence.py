@@ -1,9 +1,8 @@
 """Why this answer? The training rows that pushed most where a row changed sides; and those that look mislabelled.
 
-Suggested and not proven: products of gradients at the end of training (TracIn's last checkpoint, Pruthi 2020, arXiv
-2002.08484) on the tuned model's last layer alone, where they need no backward pass. Only a retrain without those rows
-could prove it. Label errors: the last layer's own gradient is largest where a label contradicts what all other rows
-taught. Knows Sides, no task, method or model by name.
+Suggested and not proven: gradients of the tuned model's last layer alone, compared at the end of training, where they
+need no backward pass (metrics/influence.py). Only a retrain without those rows could prove it. Label errors: what all
+other training rows say about a row's own label. Knows Sides, no task, method or model by name.
 """
 
 from __future__ import annotations
@@ -39,8 +38,9 @@ SHOWN = 300  # characters of a row
 PROOF = "Suggested, not proven: only a retrain without these rows could prove that they made the answer."
 LIMITS = (
     PROOF,
-    "What is compared is the last layer at the end of training: a row that was learnt early and completely no longer "
-    "pushes, whatever it did before.",
+    "What is compared is the last layer at the end of training: what a row did to the layers below, or early on, is "
+    "not seen.",
+    "A suspected label is not a wrong one: hard and rare rows are suspected too.",
 )
 
 
@@ -71,13 +71,11 @@ def _drawn(sides: Sides) -> list[Record]:
 # ---------------------------------------------------------------- labels with probabilities
 @dataclass(frozen=True)
 class Seen:
-    """Rows as the tuned model's last layer sees them: features (N, D), answers, and weights (N,) in the loss."""
+    """Rows as the tuned model's last layer sees them: features (N, D), and its answers."""
 
     records: Sequence[Record]
     features: Tensor
     answers: list[Prediction]
-    weights: Tensor
-    bias: bool
 
     def probabilities(self, labels: Sequence[str]) -> Tensor:
         return torch.tensor([[a["scores"][name] for name in labels] for a in self.answers], dtype=torch.float64)
@@ -88,7 +86,6 @@ def look(sides: Sides, head: str, records: Sequence[Record]) -> Seen:
     examples = [sides.task.encode(record, sides.loaded) for record in records]
     order = sorted(range(len(examples)), key=lambda i: examples[i].get("length", 0))
     rows: dict[int, tuple[Tensor, Prediction]] = {}
-    bias = False
     with asking(sides.tuned) as device:
         for start in range(0, len(order), sides.batch_size):
             chosen = order[start : start + sides.batch_size]
@@ -96,11 +93,9 @@ def look(sides: Sides, head: str, records: Sequence[Record]) -> Seen:
             with head_calls(sides.tuned, head, len(sides.loaded.labels)) as calls:
                 answers = sides.task.predict(sides.tuned, batch, sides.loaded)
             features = _features(calls, len(chosen))
-            bias = calls[0].bias
             rows |= dict(zip(chosen, zip(features, answers, strict=True), strict=True))
-    places = range(len(records))
-    weights = torch.tensor([float(examples[i].get("weight", 1.0)) for i in places], dtype=torch.float64)
-    return Seen(records, torch.stack([rows[i][0] for i in places]), [rows[i][1] for i in places], weights, bias)
+    found = [rows[i] for i in range(len(records))]
+    return Seen(records, torch.stack([features for features, _ in found]), [answer for _, answer in found])
 
 
 def _features(calls: Sequence[HeadCall], count: int) -> Tensor:
@@ -114,7 +109,6 @@ def _decided(sides: Sides, head: str, training: Sequence[Record]) -> dict[str, A
     place = {name: i for i, name in enumerate(labels)}
     seen = look(sides, head, training)
     truths = torch.tensor([place[str(sides.task.truth(record))] for record in training])
-    errors = influence.errors(seen.probabilities(labels), truths) * seen.weights.unsqueeze(1)
     found: dict[str, Any] = {"how": "last layer", "toward": "the answer that it gave", "n": len(training)}
     try:
         changed, total = flips(sides, MOST_FLIPS)
@@ -124,28 +118,23 @@ def _decided(sides: Sides, head: str, training: Sequence[Record]) -> dict[str, A
         asked = look(sides, head, [flip.record for flip in changed])
         given = torch.tensor([place[str(answer["label"])] for answer in asked.answers])
         ways = influence.errors(asked.probabilities(labels), given)  # downhill: more of the answer that it gave
-        values = influence.products(seen.features, errors, asked.features, ways, bias=seen.bias)
-        alike = influence.cosines(seen.features, asked.features)
-        pushed = {
-            "flips": [_named(sides, flip, seen, values[:, j], alike[:, j]) for j, flip in enumerate(changed)],
-            "flipped": total,
-        }
-    suspects = _suspects(sides, seen, errors)
+        errors = influence.errors(seen.probabilities(labels), truths)
+        values = influence.pushes(seen.features, errors, asked.features, ways)
+        named = [_named(sides, flip, seen, values[:, j]) for j, flip in enumerate(changed)]
+        pushed = {"flips": named, "flipped": total}
+    suspects = _suspects(sides, seen, influence.left_out(seen.features, truths, len(labels)))
     return found | pushed | {"suspects": suspects, "sentence": _sentence(pushed, suspects, len(training))}
 
 
-def _named(sides: Sides, flip: Flip, seen: Seen, values: Tensor, alike: Tensor | None) -> dict[str, Any]:
-    """A flipped row with the rows that pushed most, either way; sizes as multiples of what a training row pushes."""
-    usual = float(values.abs().mean()) or 1.0
+def _named(sides: Sides, flip: Flip, seen: Seen, values: Tensor) -> dict[str, Any]:
+    """A flipped row with the rows that pushed most, either way."""
     order = torch.argsort(values, stable=True, descending=True).tolist()
     chosen = [i for i in order[:TOWARD] if values[i] > 0] + [i for i in order[: -AGAINST - 1 : -1] if values[i] < 0]
-    rows = []
-    for i in chosen:
-        facts = _row(sides, seen.records[i], seen.answers[i] if seen.answers else None)
-        likeness = {"alike": float(alike[i])} if alike is not None else {}
-        rows.append(
-            facts | {"way": "toward" if values[i] > 0 else "against", "push": float(values[i]) / usual} | likeness
-        )
+    rows = [
+        _row(sides, seen.records[i], seen.answers[i] if seen.answers else None)
+        | {"way": "toward" if values[i] > 0 else "against", "push": float(values[i])}
+        for i in chosen
+    ]
     return flip.shown(sides) | {"pushed_by": rows}
 
 
@@ -157,13 +146,15 @@ def _row(sides: Sides, record: Record, answer: Prediction | None) -> dict[str, A
     return facts | ({"answer": answer["label"], "score": answer["score"]} if answer and "label" in answer else {})
 
 
-def _suspects(sides: Sides, seen: Seen, errors: Tensor) -> dict[str, Any]:
-    """Training rows by how far their label lies from what the other rows taught: the length of their own gradient."""
-    size = influence.products(seen.features, errors, seen.features, errors, bias=seen.bias).diagonal()
-    order = torch.argsort(size, stable=True, descending=True).tolist()
+def _suspects(sides: Sides, seen: Seen, agreed: Tensor) -> dict[str, Any]:
+    """Training rows whose label the other rows deny most; how many of them the tuned model itself answers otherwise."""
+    order = torch.argsort(agreed, stable=True).tolist()
     listed = max(min(FEWEST_SUSPECTS, len(order)), round(SUSPECT_SHARE * len(order)))
     wrong = [i for i in order[:listed] if seen.answers[i]["label"] != sides.task.truth(seen.records[i])]
-    rows = [_row(sides, seen.records[i], seen.answers[i]) for i in order[: min(listed, MOST_SUSPECTS)]]
+    rows = [
+        _row(sides, seen.records[i], seen.answers[i]) | {"agreed": float(agreed[i])}
+        for i in order[: min(listed, MOST_SUSPECTS)]
+    ]
     return {"n": len(order), "listed": listed, "answered_otherwise": len(wrong), "rows": rows}
 
 
@@ -181,11 +172,13 @@ def _sentence(pushed: dict[str, Any], suspects: dict[str, Any], n: int) -> str:
 
 
 # ------------------------------------------------------------------------- models that write
+Tokens = tuple[tuple[Tensor, Tensor], bool]  # features and errors of a text, and whether the head has a bias
+
+
 def _written(sides: Sides, head: str, training: Sequence[Record]) -> dict[str, Any]:
     """The same for language models, token by token; `toward` is the right text, which has no label."""
     changed, total = flips(sides, WRITTEN_FLIPS)
-    asked = [_tokens(sides, head, flip.record) for flip in changed]
-    kept = [(flip, tokens) for flip, tokens in zip(changed, asked, strict=True) if tokens is not None]
+    kept = [(flip, tokens) for flip in changed if (tokens := _tokens(sides, head, flip.record)) is not None]
     if not kept:
         raise NotRun("no row that changed has a token that is learnt")
     device = next(sides.tuned.parameters()).device.type
@@ -195,11 +188,14 @@ def _written(sides: Sides, head: str, training: Sequence[Record]) -> dict[str, A
     learnt = [(record, tokens) for record in rows if (tokens := _tokens(sides, head, record)) is not None]
     if not learnt:
         raise NotRun("no training row has a token that is learnt")
-    seen = Seen([record for record, _ in learnt], torch.empty(0), [], torch.empty(0), learnt[0][1][1])
+    seen = Seen([record for record, _ in learnt], torch.empty(0), [])
+    sizes = [_size(tokens) for _, tokens in learnt]
     named = []
-    for flip, (one, bias) in kept:
-        values = torch.tensor([influence.token_products(tokens[0], one, bias=bias) for _, tokens in learnt])
-        named.append(_named(sides, flip, seen, values, None))
+    for flip, asked in kept:
+        size = _size(asked)
+        raw = [influence.token_products(tokens[0], asked[0], bias=asked[1]) for _, tokens in learnt]
+        values = [value / (size * own) if size * own else 0.0 for value, own in zip(raw, sizes, strict=True)]
+        named.append(_named(sides, flip, seen, torch.tensor(values, dtype=torch.float64)))
     return {
         "how": "last layer, token by token", "toward": "the right text", "n": len(learnt), "flips": named,
         "flipped": total, "tokens": WRITTEN_TOKENS,
@@ -209,13 +205,19 @@ def _written(sides: Sides, head: str, training: Sequence[Record]) -> dict[str, A
     }  # fmt: skip
 
 
-def _tokens(sides: Sides, head: str, record: Record) -> tuple[tuple[Tensor, Tensor], bool] | None:
+def _size(tokens: Tokens) -> float:
+    """The length of a text's own gradient."""
+    return max(0.0, influence.token_products(tokens[0], tokens[0], bias=tokens[1])) ** 0.5
+
+
+def _tokens(sides: Sides, head: str, record: Record) -> Tokens | None:
     """Features (T, D) and errors (T, V) at the first learnt tokens of a row, and whether the head has a bias."""
     example = sides.task.encode(record, sides.loaded)
     ids, labels = example["input_ids"].unsqueeze(0), example["labels"]
     places = (labels[1:] != IGNORE).nonzero()[:WRITTEN_TOKENS, 0]
     if not len(places):
         return None
+    ids = ids[:, : int(places[-1]) + 2]  # what comes later is not seen from here, and may not fit the model
     words = sides.tuned.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     with asking(sides.tuned) as device, head_calls(sides.tuned, head, words) as calls:
         sides.tuned(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), use_cache=False)
