@@ -20,8 +20,10 @@ Found = Mapping[str, Any]
 STEPS = 4  # shades of a word or region, from a quarter of the strongest on
 TEXT = 220  # characters of a training row
 PICTURE = 168  # px: the longer side of a picture under its regions
+FAINT = 0.2  # a row whose strongest piece is weaker than this is shaded as weakly as it is
 LISTED = 5  # pieces of one answer in the table
 WAYS = {"toward": "▲ toward", "against": "▼ against"}
+TURNS = "↺"
 UNREADABLE = "not measured: the gauge's file cannot be read"
 
 
@@ -66,7 +68,8 @@ def _resting(found: Found, fit: Fit, pictures: Pictures) -> list[Markup]:
     rows = found["rows"][: max(2, fit.rows // 6)]
     scope = f"{words.plural(found['n'], 'row')} of {words.count(found['of'])} that changed sides, broken first. "
     odds = "log-odds" in found["unit"]
-    scope += "Each word is left out, or each region greyed, and both models are asked again. " + (
+    way = "Each region is greyed" if found["kind"] == "image" else "Each word is left out"
+    scope += f"{way}, and both models are asked again. " + (
         "Numbers are log-odds that the answer loses: 0.7 halves its odds, 2.3 makes them a tenth."
         if odds
         else f"Numbers are {found['unit']}."
@@ -74,9 +77,9 @@ def _resting(found: Found, fit: Fit, pictures: Pictures) -> list[Markup]:
     if found.get("baseline", "base") != "base":
         scope += f" “Base” is the baseline that is called {found['baseline']} above."
     shades = key(
-        ("shade and line below, the darker the more", "the answer rests on it"),
-        ("dotted line below", "speaks against the answer"),
-        ("!", "without it the answer turns"),
+        ("the darker", "the more the answer rests on it"),
+        ("orange" if found["kind"] == "image" else "dotted line", "the answer grows surer without it"),
+        ("framed" if found["kind"] == "image" else TURNS, "without it the answer turns"),
     )
     left = len(found["rows"]) - len(rows)
     more = [said(f"{words.plural(left, 'more row')} not shown here, to keep the page small.")] if left > 0 else []
@@ -85,7 +88,7 @@ def _resting(found: Found, fit: Fit, pictures: Pictures) -> list[Markup]:
 
 def _rested(row: Found, pictures: Pictures) -> Markup:
     """One row: each side's answer over its shaded words or regions, and the strongest of them as a table."""
-    most = max([*(abs(v) for side in row["rests"].values() for v in side["lost"]), 1e-9])
+    most = max([*(abs(v) for side in row["rests"].values() for v in side["lost"]), FAINT])
     names = row.get("pieces") or [f"row {i // row['grid'][1] + 1}, column {i % row['grid'][1] + 1}"
                                   for i in range(row["grid"][0] * row["grid"][1])]  # fmt: skip
     uri, reason = ("", "") if "pieces" in row else pictures.thumbnail(row.get("image"), PICTURE)
@@ -113,7 +116,7 @@ def _words(pieces: Sequence[str], side: Found, most: float) -> Markup:
     for i, (piece, value) in enumerate(zip(pieces, side["lost"], strict=True)):
         step = _shade(value, most)
         blank = piece[: len(piece) - len(piece.lstrip())]
-        word = piece.lstrip() + ("!" if i in turns else "")
+        word = piece.lstrip() + (TURNS if i in turns else "")
         class_ = f"rests-{step}" if step > 0 else "rests-against"
         parts += [blank, tag("mark", word, class_=class_) if step else word]
     return tag("p", *parts, class_="passage rests", dir="auto")
@@ -154,18 +157,18 @@ def _piece_table(names: Sequence[str], rests: Found) -> Markup:
 def _pushing(found: Found, fit: Fit) -> list[Markup]:
     scope = (
         f"Of {words.plural(found['n'], 'training row')} looked at (of {words.count(found['of'])}), those whose "
-        f"gradient at the last layer points most toward {found['toward']}, or against it: 1 is exactly there, {words.MINUS}1 "
-        "exactly against, 0 neither. A likeness and no experiment."
+        f"gradient at the last layer points most toward {found['toward']}, or against it: 1 is exactly there, "
+        f"{words.MINUS}1 exactly against, 0 neither. A likeness and no experiment."
     )
     if not found["flips"]:
         return [said(scope), absent(str(found.get("no_flips", "no row changed sides"))), _limits(found)]
     shown = found["flips"][: max(3, fit.rows // 4)]
     left = len(found["flips"]) - len(shown)
     more = [said(f"{words.plural(left, 'more row')} not shown here, to keep the page small.")] if left > 0 else []
-    return [said(scope), *(_pushed(row) for row in shown), *more, _limits(found)]
+    return [said(scope), *(_pushed(row, i == 0) for i, row in enumerate(shown)), *more, _limits(found)]
 
 
-def _pushed(row: Found) -> Markup:
+def _pushed(row: Found, unfolded: bool) -> Markup:
     """A flipped row and its table of training rows."""
     columns = ("way", "push", "training row", "its label", "tuned answers it")
     lines = [
@@ -177,7 +180,8 @@ def _pushed(row: Found) -> Markup:
     parts = [tag("b", words.capital(str(row["kind"]))), " ", tag("span", words.short(row["input"], TEXT), dir="auto")]
     parts += [tag("span", words.short(answered, 120), class_="where", dir="auto")] if answered else []
     summary = tag("summary", *parts)
-    return tag("details", summary, charts.table(columns, lines, (1,)), class_="pushed")
+    return tag("details", summary, charts.table(columns, lines, (1,)), class_="pushed",
+               open="open" if unfolded else "")  # fmt: skip
 
 
 def _suspected(found: Found, fit: Fit) -> list[Markup]:

@@ -211,14 +211,10 @@ def _counts(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _sentence(lines: Sequence[dict[str, Any]], total: int, kind: str) -> str:
     what, counts = "region" if kind == "image" else "word", _counts(lines)
-    rows, turned, same = (
-        f"{len(lines)} of {total} rows that changed sides",
-        counts["turns"]["tuned"],
-        counts["same_top"],
-    )
-    said = f"What answers rest on, in {rows}."
+    turned, same = counts["turns"]["tuned"], counts["same_top"]
+    said = f"Looked at: {len(lines)} of {total} rows that changed sides."
     if turned["n"]:
-        said = f"In {turned['turned']} of {rows} one {what} alone turns the tuned model's answer{_interval(turned)}."
+        said += f" In {turned['turned']} of them one {what} alone turns the tuned model's answer{_interval(turned)}."
     if not same["n"]:
         return f"{said} The base's answers rest on no single {what}, so there is nothing to compare."
     return f"{said} Base and tuned rest on the same {what} first in {same['same']} of {same['n']}{_interval(same)}."
