@@ -210,6 +210,17 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
     return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
 
 
+def newcombe_interval(one: int, n: int, other: int, m: int) -> tuple[float, Interval]:
+    """Difference of two shares of different rows, one/n - other/m, with its 95% interval.
+
+    Newcombe 1998, Statistics in Medicine 17, 873-890, method 10: Wilson's intervals of both, put together.
+    """
+    (low, high), (their_low, their_high) = wilson_interval(one, n), wilson_interval(other, m)
+    p, q = one / n, other / m
+    reach = math.hypot(p - low, their_high - q), math.hypot(high - p, q - their_low)
+    return p - q, (p - q - reach[0], p - q + reach[1])
+
+
 def mean_interval(scores: Scores, level: float = 0.95) -> Interval:
     """Interval of one model's mean score: Wilson for right/wrong rows, t for others; one row shows only itself."""
     values = _scores("scores", scores)

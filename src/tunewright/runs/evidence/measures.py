@@ -68,7 +68,12 @@ def flips(
     for record, (before, b), (after, t) in zip(records, base, tuned, strict=True):
         kind = kinds[b[name], t[name]]
         counts[kind] += 1
-        shown = {"row": record["row"], "kind": kind, **_input(task, record), **_answers(task, record, before, after)}
+        shown = {
+            "row": record["row"],
+            "kind": kind,
+            **shown_input(task, record),
+            **_answers(task, record, before, after),
+        }
         if kind in ("fixed", "broken"):
             examples.append(shown)
         elif shown["base"] != shown["tuned"]:
@@ -92,12 +97,12 @@ def samples(
     """The first rows with both answers, in the order of the data: nobody chose them. [] where answers are no texts."""
     pairs = [(r, b, t) for r, b, t in zip(records, base, tuned, strict=True) if "text" in b and "text" in t]
     return [
-        {"row": r["row"], **_input(task, r), "truth": task.truth(r), "base": b["text"], "tuned": t["text"]}
+        {"row": r["row"], **shown_input(task, r), "truth": task.truth(r), "base": b["text"], "tuned": t["text"]}
         for r, b, t in pairs[:SHOWN_SAMPLES]
     ]
 
 
-def _input(task: Task, record: Record) -> dict[str, Any]:
+def shown_input(task: Task, record: Record) -> dict[str, Any]:
     """What stood in the row, by the kind of its fields: a picture as its path, the rest as text."""
     pictures = [name for name, field in task.fields.items() if field.kind == "image"]
     readable = [(name, inspection.AS_TEXT[f.kind]) for name, f in task.fields.items() if f.kind in inspection.AS_TEXT]

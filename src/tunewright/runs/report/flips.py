@@ -153,11 +153,13 @@ class Pictures:
         self.folder = folder
         self.left = most
 
-    def thumbnail(self, path: Any) -> tuple[str, str]:
+    def thumbnail(self, path: Any, side: int = THUMBNAIL) -> tuple[str, str]:
         """(data URI, "") or ("", why not)."""
         if not self.left:
             return "", "left out to keep the page small"
-        uri, reason = _thumbnail(next((p for p in (self.folder / str(path), Path(str(path))) if _is_file(p)), None))
+        uri, reason = _thumbnail(
+            next((p for p in (self.folder / str(path), Path(str(path))) if _is_file(p)), None), side
+        )
         self.left -= bool(uri)
         return uri, reason
 
@@ -169,7 +171,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _thumbnail(path: Path | None) -> tuple[str, str]:
+def _thumbnail(path: Path | None, side: int) -> tuple[str, str]:
     if path is None:
         return "", "its file is not there"
     from PIL import Image, ImageOps
@@ -178,10 +180,10 @@ def _thumbnail(path: Path | None) -> tuple[str, str]:
         with Image.open(path, formats=FORMATS) as opened:
             if opened.width * opened.height > LARGEST_PICTURE:
                 return "", f"{path.name} has {words.large(opened.width * opened.height)} pixels"
-            opened.draft("RGB", (4 * THUMBNAIL, 4 * THUMBNAIL))
+            opened.draft("RGB", (4 * side, 4 * side))
             picture = ImageOps.exif_transpose(opened)
             picture = _eight_bit(picture)
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            picture.thumbnail((side, side))
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=80)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import calibration, charts, groups, history, inside, robustness, words
+from tunewright.runs.report import calibration, charts, groups, history, inside, robustness, why, words
 from tunewright.runs.report.first import ONE_RUN, first_screen, lead_of, margin_said, went
 from tunewright.runs.report.flips import Fit, flipped_rows
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
@@ -66,7 +66,8 @@ def render(record: Record, fit: Fit) -> str:
         "first": first_screen(record), "better": better(record), "rows": flipped_rows(record, fit),
         "errors": errors(record), "whom": groups.for_whom(record), "lost": inside.elsewhere(record),
         "messy": robustness.messy(record), "confidence": calibration.confidence(record),
-        "inside": inside.changed(record), "learning": history.learning(record), "data": history.data(record),
+        "inside": inside.changed(record), "why": why.why(record, fit), "heart": why.by_heart(record),
+        "learning": history.learning(record), "data": history.data(record),
         "cost": history.cost(record), "usage": history.use(record), "made": history.made(record),
         "limits": limits(record),
     }  # fmt: skip
