@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,18 +120,14 @@ def test_axe_finds_nothing_serious(browser, pages, name):
     assert rules >= 15
 
 
-def test_two_thousand_rows_open_in_a_second_and_stay_small(browser, pages, record_property):
+def test_two_thousand_rows_open_in_a_second_and_stay_small(browser, pages):
     size = pages["large"].stat().st_size
     assert size <= LIMIT
     took = []
     for _ in range(3):
         browser.show(pages["large"])
         took.append(browser.value("performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    began = time.perf_counter()
-    browser.value("document.getElementById('rows').open = true; document.body.offsetHeight")
-    record_property("load_ms", min(took))
-    record_property("open_rows_ms", 1000 * (time.perf_counter() - began))
-    record_property("bytes", size)
+    print(f"opened in {min(took):.0f} ms, {size:,} bytes")
     assert min(took) < 1000
     assert browser.value("document.querySelectorAll('#rows tr.row').length") == 640
 

@@ -129,9 +129,8 @@ def test_quick_leaves_out_what_asks_the_models_again_and_the_command_measures_it
     assert {"groups", "calibration"} <= there
     assert not {"robustness", "swaps"} & there
     assert any(line.startswith("messy input (") and "--gauges" in line for line in not_measured(path))
-    assert (
-        "gauges/robustness.json; `tunewright evaluate RUN --gauges` measures it" in (path / "report.html").read_text()
-    )
+    page = (path / "report.html").read_text()
+    assert "gauges/robustness.json; <code>tunewright evaluate RUN --gauges</code> measures it" in page
     before = (path / "gauges" / "groups.json").stat().st_mtime_ns
     code, _, err = cli("evaluate", path, "--gauges")
     assert code == 0, err

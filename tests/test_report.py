@@ -581,16 +581,15 @@ def test_the_metadata_says_how_many_rows_and_how_sure(tmp_path: Path) -> None:
 
 
 def test_test_rows_of_the_hub_get_the_newer_format_beside_it(tmp_path: Path) -> None:
-    from huggingface_hub import eval_result_entries_to_yaml, parse_eval_result_entries
-
+    hub = pytest.importorskip("huggingface_hub", minversion="1.4", reason="older ones do not know the newer format")
     text_run(tmp_path)
     files = [{"file": "glue#sst2:validation", "split": "test", "format": "hub", "rows_read": 872, "rows_kept": 872}]
     edit(tmp_path, "data.json", files=files)
     (tmp_path / "recipe.yaml").write_text("data:\n  train: a.csv\n  test: nyu-mll/glue#sst2:validation\n")
     write_card(tmp_path)
     written = yaml.safe_load((tmp_path / ".eval_results" / "tunewright.yaml").read_text(encoding="utf-8"))
-    entries = parse_eval_result_entries(written)
-    assert eval_result_entries_to_yaml(entries) == written
+    entries = hub.parse_eval_result_entries(written)
+    assert hub.eval_result_entries_to_yaml(entries) == written
     assert [(e.dataset_id, e.task_id, e.value) for e in entries] == [
         ("nyu-mll/glue", "sst2", 0.91), ("nyu-mll/glue", "sst2", 0.8991), ("nyu-mll/glue", "sst2", 0.31239),
     ]  # fmt: skip

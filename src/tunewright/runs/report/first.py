@@ -133,10 +133,12 @@ def strip(record: Record) -> dict[str, Any]:
     counts = {key: int(flips[key]) for key, _, _ in charts.STRIP if words.is_number(flips.get(key)) and flips[key] >= 0}
     total = sum(counts.values())
     if len(counts) < len(charts.STRIP) or not total:
-        lead = lead_of(record)
-        drawn = lead is not None and lead.difference is not None
         why = "the counts of rows are incomplete" if flips else "rows are not right or wrong here"
-        return {"reason": why, "picture": charts.forest([lead]) if lead and drawn else ""}
+        lead = lead_of(record)
+        if lead is None or lead.difference is None:
+            return {"reason": why, "picture": ""}
+        key = f"Dot: difference. Line: 95% interval. Grey band: the {margin_said(lead)} you said do not matter."
+        return {"reason": why, "picture": charts.forest([lead]), "key": key}
     kinds = {mapping(row).get("kind") for key in ("examples", "others") for row in sequence(flips.get(key))}
     tiles = [
         {"key": key, "word": word, "meaning": meaning, "count": words.count(counts[key]),

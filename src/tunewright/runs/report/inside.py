@@ -7,6 +7,7 @@ out escaped. Moved is not lost: only questions that were answered before and are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -80,19 +81,22 @@ def _absent(reason: str) -> Markup:
 
 
 # ------------------------------------------------------------------- two columns
-def _column(values: Sequence[float], left: float) -> Scale:
-    """A scale that holds all values and 0, in one of the two columns."""
+def _column(values: Sequence[float], left: float, width: float = COLUMN) -> Scale:
+    """A scale that holds all values and 0, in one of the two columns; or wider, where there is only one."""
     low, high = min([0.0, *values]), max([0.0, *values])
     room = 0.08 * ((high - low) or 1.0)
-    return Within(low - room, high + room, left=left)
+    return Within(low - room, high + room, left=left, width=width)
 
 
+@dataclass(frozen=True)
 class Within(Scale):
     """A scale that is one column wide and not the whole picture."""
 
+    width: float = COLUMN  # percent
+
     def share(self, value: float) -> float:
         way = (value - self.low) / ((self.high - self.low) or 1.0)
-        return self.left + COLUMN * min(1.0, max(0.0, way))
+        return self.left + self.width * min(1.0, max(0.0, way))
 
 
 def _effect(effect: Gauge | None, scale: Scale, y: float, kind: str) -> list[Markup]:
@@ -178,7 +182,8 @@ def _sweep(gauge: Gauge) -> Markup:
     """One line a strength, against full strength: left the task, right what was kept, where that was asked."""
     sweep, best, size = gauge["sweep"], gauge["recommended"], _size(gauge["metric"]["proportion"])
     kept = [entry["kept"] for entry in sweep if "kept" in entry]
-    task_scale = _column(_ends([entry["against_full"] for entry in sweep]), 2.0)
+    width = COLUMN - 2.0 if kept else 96.0
+    task_scale = _column(_ends([entry["against_full"] for entry in sweep]), 2.0, width)
     kept_scale = _column(_ends(kept), RIGHT)
     metric = words.name(gauge["metric"]["name"])
     drawn = [text("2%", 16, f"{metric}, against full strength", "tick")]
@@ -187,7 +192,7 @@ def _sweep(gauge: Gauge) -> Markup:
         top, chosen = 28 + LINE * i, entry["strength"] == best["strength"]
         name = f"strength {words.number(entry['strength'])}{' ◆' if chosen else ''}"
         drawn.append(text("0%", top + 16, name, "label"))
-        columns = [(entry["against_full"], task_scale, f"{COLUMN}%", size)]
+        columns = [(entry["against_full"], task_scale, f"{COLUMN if kept else 100}%", size)]
         columns += [(entry["kept"], kept_scale, "100%", words.change)] if "kept" in entry else []
         for given, scale, end, say in columns:
             effect = SAME if entry["strength"] == 1 else given
