@@ -25,9 +25,10 @@ from tunewright.runs.evidence.sides import NotRun, Sides
 PASSES = True
 ABOUT = "which words or regions an answer rests on"
 MOST_FLIPS, FEWEST_FLIPS = 10, 2
+MOST_PICTURES = 5  # each is opened a hundred times
 MOST_PIECES = 40  # of a text; longer ones are taken in stretches of as many words as it needs
 GRID = 7  # a picture in 7 x 7 regions
-SIDE = 1024  # pixels: larger pictures are made smaller first, the same way for both models
+SIDE = 640  # pixels: larger pictures are made smaller first, the same way for both models
 GREY = (128, 128, 128)
 CLEAR = 0.1  # nats: below that no piece is said to matter
 SURE = 1e-6  # probabilities closer to 0 or 1 have rounded away
@@ -92,15 +93,15 @@ def _image(record: Record, field: str, room: Path) -> Occluded | None:
     small = max(picture.size) > SIDE
     picture.thumbnail((SIDE, SIDE))
     name = derive_seed("occluded", str(record["row"]))
-    paths = [room / f"{name}_{i}.png" for i in range(GRID * GRID + 1)]
+    paths = [room / f"{name}_{i}.bmp" for i in range(GRID * GRID + 1)]
     if small:
-        picture.save(paths[0], compress_level=1)
+        picture.save(paths[0])
     columns, rows = ([round(i * side / GRID) for i in range(GRID + 1)] for side in picture.size)
     for i, path in enumerate(paths[1:]):
         y, x = divmod(i, GRID)
         greyed = picture.copy()
         greyed.paste(GREY, (columns[x], rows[y], columns[x + 1], rows[y + 1]))
-        greyed.save(path, compress_level=1)
+        greyed.save(path)
     shrunk, *without = (record | {field: str(path)} for path in paths)
     return Occluded(shrunk if small else record, without, {"grid": [GRID, GRID]})
 
@@ -138,8 +139,9 @@ def measure(sides: Sides) -> dict[str, Any]:
 
 def _most(sides: Sides, chosen: Sequence[Flip]) -> int:
     """How many rows are affordable: each costs as many answers as it has pieces, from both models."""
-    pieces = GRID * GRID if "image" in {f.kind for f in sides.task.fields.values()} else MOST_PIECES
-    return max(FEWEST_FLIPS, min(len(chosen), sides.affordable(2 * pieces, [flip.record for flip in chosen])))
+    pictures = "image" in {f.kind for f in sides.task.fields.values()}
+    pieces, most = (GRID * GRID, MOST_PICTURES) if pictures else (MOST_PIECES, MOST_FLIPS)
+    return max(FEWEST_FLIPS, min(most, sides.affordable(2 * pieces, [flip.record for flip in chosen])))
 
 
 @dataclass(frozen=True)
