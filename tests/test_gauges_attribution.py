@@ -85,8 +85,8 @@ def test_a_base_that_looks_at_nothing_rests_on_nothing():
 
 
 def test_the_one_region_that_decides_is_named(tmp_path, monkeypatch):
-    """The base looks at the upper left, the tuned model at the middle of the lowest row; large pictures are made small
-    first, and lie on their side as cameras say."""
+    """The base looks at the upper left, the tuned model at the middle of the lowest row; every region is
+    greyed once."""
     paths = []
     for i in range(3):
         picture = Image.new("RGB", (700, 420), (10, 60, 10 * i))
@@ -113,6 +113,22 @@ def test_the_one_region_that_decides_is_named(tmp_path, monkeypatch):
         assert (row["rests"]["base"]["turns"], row["rests"]["tuned"]["turns"]) == ([0], [45])
         assert row["image"] in paths
     assert sorted(str(p) for p in tmp_path.iterdir()) == paths
+
+
+def test_a_picture_that_is_answered_otherwise_once_made_small_is_left_out_and_counted(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in ("large.png", "small.png")]
+    for path, width in zip(paths, (1500, 70), strict=True):
+        Image.new("RGB", (width, 70), (250, 0, 0)).save(path)
+
+    def size(path: str) -> tuple[int, int]:
+        with Image.open(path) as picture:
+            return picture.size
+
+    made = planted(paths, lambda p: 0.9, lambda p: 0.6 if size(p)[0] == attribution.SIDE else 0.2, "image")
+    monkeypatch.setattr(type(made.task), "fields", {"image": Field("", "image")})
+    found = attribution.measure(made)
+    assert (found["n"], found["of"], found["small_otherwise"]) == (1, 2, 1)
+    assert found["rows"][0]["image"] == paths[1]
 
 
 def test_of_a_conversation_the_last_question_is_taken_apart(tmp_path):

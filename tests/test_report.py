@@ -259,8 +259,8 @@ def test_the_parts_stand_in_fixed_order(run: Path) -> None:
     questions = re.findall(r"<summary><h2>(.*?)</h2>", report(run))
     assert questions == [
         "Is it better?", "Which rows?", "Where does it err?", "For whom?", "What did it lose?",
-        "Does it hold when input is messy?", "Can I trust its confidence?", "What changed inside?",
-        "Why this answer?", "Did it learn by heart?", "How did it learn?",
+        "Does it hold when input is messy?", "Can I trust its confidence?", "What changed inside?", "Why this answer?",
+        "Did it learn by heart?", "How did it learn?",
         "What did it learn from?", "What did it cost?", "How to use it", "How was it made?",
         "What was not measured, and limits",
     ]  # fmt: skip

@@ -66,13 +66,16 @@ def _limits(found: Found) -> Markup:
 # ------------------------------------------------------------------ words and regions
 def _resting(found: Found, fit: Fit, pictures: Pictures) -> list[Markup]:
     rows = found["rows"][: max(2, fit.rows // 6)]
-    scope = f"{words.plural(found['n'], 'row')} of {words.count(found['of'])} that changed sides, broken first. "
     odds = "log-odds" in found["unit"]
+    order = "that changed sides, broken first" if odds else "whose score moved, the worst first"
+    scope = f"{words.plural(found['n'], 'row')} of {words.count(found['of'])} {order}. "
+    if small := found.get("small_otherwise"):
+        scope += f"{words.plural(small, 'row')} left out: made small for this, the picture is answered otherwise. "
     way = "Each region is greyed" if found["kind"] == "image" else "Each word is left out"
     scope += f"{way}, and both models are asked again. " + (
         "Numbers are log-odds that the answer loses: 0.7 halves its odds, 2.3 makes them a tenth."
         if odds
-        else f"Numbers are {found['unit']}."
+        else "Numbers are what the right text costs more, in nats a token."
     )
     if found.get("baseline", "base") != "base":
         scope += f" “Base” is the baseline that is called {found['baseline']} above."
@@ -94,13 +97,13 @@ def _rested(row: Found, pictures: Pictures) -> Markup:
     uri, reason = ("", "") if "pieces" in row else pictures.thumbnail(row.get("image"), PICTURE)
     sides = []
     for name in ("base", "tuned"):
-        answer = f"{name}: {words.short(row[name], 60)}" if name in row else name
+        answer = f"{name}: {words.short(row[name], 60)}" if row.get(name) else name
         side = row["rests"][name]
         shaded = _words(names, side, most) if "pieces" in row else _regions(row, side, most, uri, reason)
         note = "" if any(side["lost"]) else tag("p", "Nothing that is left out changes this answer.", class_="quiet")
         sides.append(tag("div", tag("p", tag("b", answer, dir="auto")), shaded, note))
-    truth = f", right is {words.short(row['truth'], 60)}" if row.get("truth") else ""
-    caption = f"{words.capital(str(row['kind']))}: {row['row']}{truth}."
+    truth = f", right is “{words.short(row['truth'], 60)}”" if row.get("truth") else ""
+    caption = f"{words.capital(str(row['kind']))}: row {row['row']}{truth}."
     return charts.figure(caption, tag("div", *sides, class_="pair"), _piece_table(names, row["rests"]))
 
 

@@ -25,9 +25,10 @@ from tunewright.runs.evidence.sides import NotRun, Sides
 PASSES = True
 ABOUT = "which words or regions an answer rests on"
 MOST_FLIPS, FEWEST_FLIPS = 10, 2
+MOST_PICTURES = 5  # each is opened a hundred times
 MOST_PIECES = 40  # of a text; longer ones are taken in stretches of as many words as it needs
 GRID = 7  # a picture in 7 x 7 regions
-SIDE = 384  # pixels: larger pictures are made smaller first, the same way for both models
+SIDE = 640  # pixels: larger pictures are made smaller first, the same way for both models
 GREY = (128, 128, 128)
 CLEAR = 0.1  # nats: below that no piece is said to matter
 SURE = 1e-6  # probabilities closer to 0 or 1 have rounded away
@@ -89,18 +90,20 @@ def _image(record: Record, field: str, room: Path) -> Occluded | None:
 
     with Image.open(record[field]) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGB")
+    small = max(picture.size) > SIDE
     picture.thumbnail((SIDE, SIDE))
     name = derive_seed("occluded", str(record["row"]))
-    paths = [room / f"{name}_{i}.png" for i in range(GRID * GRID + 1)]
-    picture.save(paths[0], compress_level=1)
+    paths = [room / f"{name}_{i}.bmp" for i in range(GRID * GRID + 1)]
+    if small:
+        picture.save(paths[0])
     columns, rows = ([round(i * side / GRID) for i in range(GRID + 1)] for side in picture.size)
     for i, path in enumerate(paths[1:]):
         y, x = divmod(i, GRID)
         greyed = picture.copy()
         greyed.paste(GREY, (columns[x], rows[y], columns[x + 1], rows[y + 1]))
-        greyed.save(path, compress_level=1)
-    whole, *without = (record | {field: str(path)} for path in paths)
-    return Occluded(whole, without, {"grid": [GRID, GRID]})
+        greyed.save(path)
+    shrunk, *without = (record | {field: str(path)} for path in paths)
+    return Occluded(shrunk if small else record, without, {"grid": [GRID, GRID]})
 
 
 OCCLUSIONS: dict[str, Occlude] = {"text": _text, "conversation": _conversation, "image": _image}
@@ -118,25 +121,27 @@ def measure(sides: Sides) -> dict[str, Any]:
     chosen, total = flips(sides, MOST_FLIPS)
     asking = _Asking.of(sides)
     chosen = chosen[: _most(sides, chosen)]
-    lines = []
+    lines, otherwise = [], 0
     with tempfile.TemporaryDirectory() as room:
         for flip in chosen:
             made = OCCLUSIONS[kind](flip.record, field, Path(room))
-            if made is not None:
-                lines.append(_line(sides, asking, flip, made))
+            line = _line(sides, asking, flip, made) if made is not None else None
+            lines += [line] if line else []
+            otherwise += made is not None and line is None
     if not lines:
-        raise NotRun("no row that changed sides has two words or more")
+        raise NotRun("no row that changed sides has two words or more, or its picture made small is answered otherwise")
     return {
         "field": field, "kind": kind, "unit": asking.unit, "n": len(lines), "of": total, "rows": lines,
-        "baseline": sides.baseline.name, **_counts(lines), "sentence": _sentence(lines, total, kind),
-        "limits": list(LIMITS),
+        "small_otherwise": otherwise, "baseline": sides.baseline.name, **_counts(lines),
+        "sentence": _sentence(lines, total, kind), "limits": list(LIMITS),
     }  # fmt: skip
 
 
 def _most(sides: Sides, chosen: Sequence[Flip]) -> int:
     """How many rows are affordable: each costs as many answers as it has pieces, from both models."""
-    pieces = GRID * GRID if "image" in {f.kind for f in sides.task.fields.values()} else MOST_PIECES
-    return max(FEWEST_FLIPS, min(len(chosen), sides.affordable(2 * pieces, [flip.record for flip in chosen])))
+    pictures = "image" in {f.kind for f in sides.task.fields.values()}
+    pieces, most = (GRID * GRID, MOST_PICTURES) if pictures else (MOST_PIECES, MOST_FLIPS)
+    return max(FEWEST_FLIPS, min(most, sides.affordable(2 * pieces, [flip.record for flip in chosen])))
 
 
 @dataclass(frozen=True)
@@ -180,12 +185,15 @@ def log_odds(p: float) -> float:
     return math.log(kept / (1 - kept))
 
 
-def _line(sides: Sides, asking: _Asking, flip: Flip, made: Occluded) -> dict[str, Any]:
+def _line(sides: Sides, asking: _Asking, flip: Flip, made: Occluded) -> dict[str, Any] | None:
+    """None where a picture made small has another answer: it would be taken apart for an answer that nobody got."""
     found = dict(zip(("base", "tuned"), asking.worth([made.whole, *made.without]), strict=True))
-    said = {name: side.pop("answer") for name, side in found.items() if "answer" in side}
+    answers = {name: side.pop("answer") for name, side in found.items() if "answer" in side}
+    if answers and answers != {"base": flip.before["label"], "tuned": flip.after["label"]}:
+        return None
     for side in found.values():
         side["top"] = _top(side["lost"])
-    return flip.shown(sides) | said | made.facts | {"rests": found}
+    return flip.shown(sides) | made.facts | {"rests": found}
 
 
 def _top(lost: Sequence[float]) -> int | None:
@@ -212,7 +220,8 @@ def _counts(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _sentence(lines: Sequence[dict[str, Any]], total: int, kind: str) -> str:
     what, counts = "region" if kind == "image" else "word", _counts(lines)
     turned, same = counts["turns"]["tuned"], counts["same_top"]
-    said = f"Looked at: {len(lines)} of {total} rows that changed sides."
+    moved = "that changed sides" if turned["n"] else "whose score moved"
+    said = f"Looked at: {len(lines)} of {total} rows {moved}."
     if turned["n"]:
         said += f" In {turned['turned']} of them one {what} alone turns the tuned model's answer{_interval(turned)}."
     if not same["n"]:

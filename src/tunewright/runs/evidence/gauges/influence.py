@@ -165,9 +165,11 @@ def _sentence(pushed: dict[str, Any], suspects: dict[str, Any], n: int) -> str:
         if rows
         else f"{pushed['no_flips'].capitalize()}."
     )
+    wrong, listed = suspects["answered_otherwise"], suspects["listed"]
+    advice = ": read these first" if wrong else ""
     return (
-        f"{first} Of the {suspects['listed']} training rows whose labels are most suspect the tuned model itself "
-        f"answers {suspects['answered_otherwise']} otherwise: read these first."
+        f"{first} Of the {listed} training rows whose labels are most suspect the tuned model itself answers {wrong} "
+        f"otherwise{advice}."
     )
 
 

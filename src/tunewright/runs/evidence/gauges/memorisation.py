@@ -31,6 +31,7 @@ SHOWN, EXAMPLES = 400, 5
 LIMITS = (
     "Only the likeliest continuation is looked at, from the middle of a row: a row that is not completed here may be "
     "remembered all the same.",
+    "A document longer than the model's window counts once for each window.",
     "A row that is also common elsewhere (a licence, a song) may be known from before: the base beside it shows that.",
 )
 
