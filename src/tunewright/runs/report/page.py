@@ -14,7 +14,18 @@ import jinja2
 from markupsafe import Markup
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import calibration, charts, groups, history, inside, robustness, words
+from tunewright.runs.report import (
+    calibration,
+    charts,
+    groups,
+    history,
+    inside,
+    learning_curve,
+    overfitting,
+    robustness,
+    seeds,
+    words,
+)
 from tunewright.runs.report.flips import Fit, flipped_rows
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
 
@@ -69,10 +80,15 @@ def render(record: Record, fit: Fit) -> str:
         style=style, head=head, first=first_screen(record), better=better(record), rows=flipped_rows(record, fit),
         errors=errors(record), whom=groups.for_whom(record), lost=inside.elsewhere(record),
         messy=robustness.messy(record), confidence=calibration.confidence(record), inside=inside.changed(record),
-        learning=history.learning(record), data=history.data(record),
+        learning=history.learning(record) | {"sections": _growth(record)},
+        data=history.data(record),
         cost=history.cost(record), usage=history.use(record),
         made=history.made(record), limits=limits(record),
     )  # fmt: skip
+
+
+def _growth(record: Record) -> list[tuple[str, list[Markup]]]:
+    return [*overfitting.sections(record), *learning_curve.sections(record)]
 
 
 # ---------------------------------------------------------------- the first screen
@@ -137,7 +153,7 @@ def how_sure(record: Record) -> list[str]:
         visible = f"{100 * smallest:.2g} points" if lead.in_points else words.number(smallest)
         rows = "With so few rows only" if record.verdict.get("answer") == "can't tell" else "With this many rows"
         said.append(f"{rows} a change of about {visible} or more can be seen.")
-    return [*said, ONE_RUN]
+    return [*said, seeds.sentence(record) or ONE_RUN]
 
 
 def _lead(record: Record) -> Measure | None:
@@ -186,6 +202,7 @@ def better(record: Record) -> dict[str, Any]:
         {"title": title, "figures": [_forest(panel) for panel in _panels([m for m in measures if m.about == about])]}
         for about, title in ABOUT if any(m.about == about for m in measures)
     ]  # fmt: skip
+    groups += seeds.groups(record)
     lead = _lead(record)
     return {"answer": f"{words.capital(_went(lead))}." if lead else "not measured: the evidence holds no measure",
             "groups": groups, "baseline": baseline(record)}  # fmt: skip
@@ -202,17 +219,17 @@ def _panels(measures: Sequence[Measure]) -> list[list[Measure]]:
 def _forest(measures: Sequence[Measure]) -> Markup:
     if all(m.difference is None for m in measures):
         return _without_base(measures)
-    columns = ("measure", "rows", "base", "tuned", "difference", "95% interval", "p", "finding", "how")
+    columns = ("measure", "rows", "base", "tuned", "difference", "95% interval", "p", "p, corrected", "finding", "how")
     rows = [
         (m.name, words.count(m.n), m.shown(m.base), m.shown(m.tuned), m.shown_difference, m.interval or words.UNKNOWN,
-         _p(m.p), m.finding, m.method or words.UNKNOWN)
+         _p(m.p), _corrected(m), m.finding, m.method or words.UNKNOWN)
         for m in measures
     ]  # fmt: skip
     lead = measures[0]
     message = f"{words.capital(_went(lead))}." if len(measures) == 1 else _many(measures)
     way = "" if lead.higher_is_better else " Lower values are better here, so the axis runs from high to low."
     key = Markup('<p class="key">Dot: difference. Line: 95% interval. Grey band: the {} you said do not matter.{}</p>')
-    numbers = charts.table(columns, rows, range(1, 7))
+    numbers = charts.table(columns, rows, range(1, 8))
     return charts.figure(message, charts.forest(measures), numbers, key.format(_margin(lead), way))
 
 
@@ -232,6 +249,11 @@ def _many(measures: Sequence[Measure]) -> str:
 
 def _p(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else words.number(p)
+
+
+def _corrected(measure: Measure) -> str:
+    """Holm's p where several measures are asked together; the declared one stands alone."""
+    return _p(measure.p_holm) if measure.p_holm is not None else ""
 
 
 def baseline(record: Record) -> str:
@@ -304,7 +326,7 @@ def limits(record: Record) -> dict[str, Any]:
     """What did not run, and what no report of this kind can say."""
     not_measured = [str(line).removeprefix("not measured: ") for line in sequence(record.verdict.get("not_measured"))]
     fixed = [
-        ONE_RUN,
+        seeds.sentence(record) or ONE_RUN,
         "The held-out rows stand for your future rows only as far as these will look like them.",
         "What was not measured can still have changed: other skills, safety, fairness, rare inputs.",
         "Examples show what changed, not why; nothing here is a proof of cause.",
