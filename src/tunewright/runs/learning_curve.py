@@ -170,18 +170,32 @@ def foreseen(order: Sequence[int], table: Floats, higher_is_better: bool, propor
     n = order[-1]
     draw = np.random.default_rng(0).integers(0, table.shape[1], size=(DRAWS, table.shape[1]))
     drawn = np.stack([line[draw].mean(axis=1) for line in errors], axis=1)
-    one, many = (power_law.fit(order, e, floor) for e in (errors.mean(axis=1)[None], drawn))
-    gain, gains = float((one.at(n) - one.at(2 * n))[0]), many.at(n) - many.at(2 * n)
-    low, high = (float(end) for end in np.quantile(gains, (0.025, 0.975)))
+    measured = errors.mean(axis=1)
+    one, many = (power_law.fit(order, e, floor) for e in (measured[None], drawn))
+    missed = measured - np.array([one.at(size)[0] for size in order])
     kept = {"kind": one.kind, "unit": n, "a": float(one.a[0]), "b": float(one.b[0])}
     kept |= {"c": float(one.c[0])} if one.kind == "power law" else {}
-    expected = [{"rows": size, "error": float(one.at(size)[0])} for size in (*order, 2 * n)]
-    why = "" if one.kind == "power law" else (
-        f"fewer than {power_law.FEWEST_POINTS} sizes" if floor else "this metric has no end that is known"
-    )  # fmt: skip
-    kept |= {"expected": expected} | ({"why_not_power_law": why} if why else {})
-    ends = [min(low, gain), max(high, gain)]
-    return {"fit": kept, "doubling": {"rows": 2 * n, "gain": gain, "ci95": ends, "draws": DRAWS}}
+    kept["missed_most"] = float(np.abs(missed).max())
+    kept["expected"] = [{"rows": size, "error": float(one.at(size)[0])} for size in (*order, 2 * n)]
+    if one.kind != "power law":
+        few = f"fewer than {power_law.FEWEST_POINTS} sizes"
+        kept["why_not_power_law"] = few if floor else "this metric has no known end"
+    ends = [statistics.mean_interval(line) for line in table]
+    if any(abs(miss) > max(high - low for low, high in ends) / 2 for miss in missed):
+        reason = "the sizes lie on no such curve: it misses one of them by more than its interval is wide"
+        return {"fit": kept, "doubling": {"rows": 2 * n, "not_run": reason}}
+    return {"fit": kept, "doubling": {"rows": 2 * n, "draws": DRAWS, **_next(one, many, missed, n)}}
+
+
+def _next(one: power_law.Curve, many: power_law.Curve, missed: Floats, n: int) -> dict[str, Any]:
+    """What twice the rows would add. Its interval has two parts, added in squares: rows drawn anew, and twice what
+    the curve misses the measured sizes by."""
+    gain, gains = float((one.at(n) - one.at(2 * n))[0]), many.at(n) - many.at(2 * n)
+    numbers = 3 if one.kind == "power law" else 2
+    off = 2 * math.sqrt(float(np.square(missed).sum()) / max(1, len(missed) - numbers))
+    low, high = (float(end) for end in np.quantile(gains, (0.025, 0.975)))
+    ends = [gain - math.hypot(max(0.0, gain - low), off), gain + math.hypot(max(0.0, high - gain), off)]
+    return {"gain": gain, "ci95": ends}
 
 
 def sentence(
@@ -204,9 +218,10 @@ def sentence(
         said = f"From {step['from']} to {step['to']} rows it lost {shown(-change, False)}{unit} ({reach})."
     else:
         said = f"From {step['from']} to {step['to']} rows no more gain can be seen ({shown(change)}{unit}, {reach})."
+    if "not_run" in doubling:
+        return f"{said} What twice the rows would add cannot be foreseen: {doubling['not_run']}."
     low, high = doubling["ci95"]
-    few = shown(0.0 if math.isclose(low, 0, abs_tol=5e-4) else low, False)
     return (
-        f"{said} Doubling once more would be expected to add about {shown(doubling['gain'], False)}{unit}, between "
-        f"{few} and {shown(high, False)} (a curve through {num_sizes} sizes, one run each: other seeds could differ)."
+        f"{said} Doubling once more would be expected to add about {shown(doubling['gain'])}{unit}, between "
+        f"{shown(low)} and {shown(high)} (a curve through {num_sizes} sizes, one run each: other seeds could differ)."
     )

@@ -86,7 +86,7 @@ def _agreement(record: Record) -> list[Markup]:
     )
     share = f"{words.share(rows['agree'] / rows['n'])}, 95% interval {words.share(low)} to {words.share(high)}"
     said = (
-        f"On {agree} of {words.plural(rows['n'], 'row')} ({share}) all seeds are right, or all are wrong. Fixed by every "
-        f"seed: {all_fixed} of the {fixed} that some seed fixed; broken by every seed: {all_broken} of {broken}."
+        f"On {agree} of {words.plural(rows['n'], 'row')} ({share}) all seeds are right, or all are wrong. Fixed by "
+        f"every seed: {all_fixed} of the {fixed} that some seed fixed; broken by every seed: {all_broken} of {broken}."
     )
     return [charts.tag("p", words.sentence(said), dir="auto")]

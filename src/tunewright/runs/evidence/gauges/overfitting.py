@@ -61,7 +61,7 @@ def measure(sides: Sides) -> dict[str, Any]:
     found["drawn"] = "by row id, as many as there are held-out rows" + (
         "" if most >= len(sides.test) else f"; {most} at most, to keep the time within bounds"
     )
-    return found | {"sentence": sentence(found, sides.margin)}
+    return found | {"sentence": sentence(found)}
 
 
 def drawn(records: Sequence[Record], count: int, seed: int) -> list[Record]:
@@ -126,7 +126,7 @@ def _turned(estimate: Estimate, sign: float) -> Estimate:
 
 
 # ----------------------------------------------------------------------------- words
-def sentence(found: dict[str, Any], margin: float) -> str:
+def sentence(found: dict[str, Any]) -> str:
     """What the gap is, what the base's is, and whether training made the difference."""
     train = found["gaps"]["train"]
     points = found["proportion"]
@@ -138,8 +138,7 @@ def sentence(found: dict[str, Any], margin: float) -> str:
     opening += f"{before} on the same rows: {base}. "
     low, high = train["added"]["ci95"]
     if low > 0:
-        much = " more than the margin" if low > margin else ""
-        return f"{opening}Training made{much} of that gap: {added}."
+        return f"{opening}Beyond that, training made a gap of {added}."
     if high < 0:
         return f"{opening}Training narrowed the gap: {added}."
     return f"{opening}That training made a gap is not shown: {added}."
