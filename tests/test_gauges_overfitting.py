@@ -131,5 +131,7 @@ def test_the_sentence_follows_the_interval(low, high, words):
              "gaps": {"train": {"tuned": gap, "base": gap, "added": added}}}  # fmt: skip
     said = gauge.sentence(found)
     assert words in said
-    assert said.startswith("It does 12.0 points better on rows it trained on than on held-out ones (+12.0 points")
+    assert said.startswith(
+        "It does 12.0 points better on rows it trained on than on held-out ones (95% interval +8.0 to +16.0)"
+    )
     assert "the baseline (zero-shot)" in said

@@ -13,6 +13,7 @@ from conftest import tiny_tree
 from test_report import Page
 
 import tunewright
+from tunewright.cli import main
 from tunewright.data.split import nested
 from tunewright.errors import RunError, UserError
 from tunewright.metrics import power_law
@@ -205,7 +206,7 @@ def test_what_it_takes_is_said_and_too_few_rows_are_refused():
     assert lc.announced([30], 60, 1.0, [8]) != lc.announced([30], 60, 1.0, [])
 
 
-def test_a_run_gets_its_curve_and_the_report_shows_it(finished, tmp_path):
+def test_a_run_gets_its_curve_and_the_report_shows_it(finished, tmp_path, capsys):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     assert "not measured: `tunewright evaluate RUN --learning-curve`" in (run / "report.html").read_text()
     said: list[str] = []
@@ -228,6 +229,9 @@ def test_a_run_gets_its_curve_and_the_report_shows_it(finished, tmp_path):
     said.clear()
     assert lc.learning_curve(run, None, said.append)["points"] == found["points"]
     assert sum("is finished and left as it is" in line for line in said) == 2
+    assert main(["evaluate", str(run), "--learning-curve", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sentence"] == found["sentence"]
+    assert main(["evaluate", str(run), "rows.csv", "--learning-curve"]) == 2
     before = (run / "report.html").read_bytes()
     write_report(run)
     assert (run / "report.html").read_bytes() == before

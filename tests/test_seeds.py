@@ -13,6 +13,7 @@ from conftest import tiny_tree
 from test_report import Page
 
 import tunewright
+from tunewright.cli import main
 from tunewright.contracts import Metric
 from tunewright.errors import RunError
 from tunewright.metrics import statistics
@@ -170,6 +171,14 @@ def test_every_report_and_card_says_what_the_others_gave(trained):
         verdict = json.loads((folder / "evidence.json").read_text(encoding="utf-8"))["verdict"]
         assert gather.OTHER_SEEDS not in verdict["not_measured"]
     assert json.loads((trained[0] / "seeds.json").read_text(encoding="utf-8")) == trained[1]
+
+
+def test_the_command_line_gives_one_document(house, trained, capsys):
+    recipe(house).write(house / "recipe.yaml")
+    words = ["train", str(house / "recipe.yaml"), "--seeds", "2", "--json", f"output_dir={trained[0]}"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == trained[1]
+    assert main(["train", str(house / "recipe.yaml"), "--seeds", "1"]) == 2
 
 
 def test_a_folder_that_is_one_run_is_refused(house, trained):

@@ -135,8 +135,7 @@ class Measure:
         if self.difference is None or self.low is None or self.high is None:
             return "no interval"
         low, high = (self.low, self.high) if self.higher_is_better else (-self.high, -self.low)
-        p = self.p if self.p_holm is None else self.p_holm
-        if p is not None and p > ALPHA:  # interval and test must agree, as in evidence/verdict.py
+        if self.p_holm is not None and self.p_holm > ALPHA:  # interval and test must agree, as in evidence/verdict.py
             low, high = min(low, 0.0), max(high, 0.0)
         margin = self.margin  # in the metric's own unit, as evidence/verdict.py reads it
         if -margin <= low and high <= margin:

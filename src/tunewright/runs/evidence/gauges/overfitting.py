@@ -41,11 +41,11 @@ def measure(sides: Sides) -> dict[str, Any]:
         few = min((len(sides.test), "held-out"), (len(sides.training), "training"))
         raise NotRun(f"{few[0]} {few[1]} rows are fewer than {FEWEST_ROWS}")
     sets: dict[str, Answered] = {"test": (sides.test, sides.before, sides.after)}
-    most = max(FEWEST_ROWS, sides.affordable(1, sides.training))
+    most = max(FEWEST_ROWS, sides.affordable(2, sides.training))
     for name, records in (("train", sides.training), ("validation", sides.validation)):
         rows = drawn(records, min(len(sides.test), most), sides.seed)
         if len(rows) >= FEWEST_ROWS:
-            sets[name] = rows, sides.baseline.predict(rows), sides.answers(sides.tuned, rows)
+            sets[name] = rows, *_asked(sides, rows, validating=metric == sides.task.metrics[0])
     scored = {name: _scored(sides, metric, answered) for name, answered in sets.items()}
     found: dict[str, Any] = {
         "metric": metric.name, "higher_is_better": metric.higher_is_better, "proportion": metric.proportion,
@@ -62,6 +62,12 @@ def measure(sides: Sides) -> dict[str, Any]:
         "" if most >= len(sides.test) else f"; {most} at most, to keep the time within bounds"
     )
     return found | {"sentence": sentence(found)}
+
+
+def _asked(sides: Sides, rows: Sequence[Record], validating: bool) -> tuple[list[Prediction], list[Prediction]]:
+    """Base and tuned on rows that nobody was asked about yet; where only the first metric is read, no more than that."""
+    tuned = sides.answers(sides.tuned, rows, validating)
+    return sides.baseline.predict(rows) if sides.base is None else sides.answers(sides.base, rows, validating), tuned
 
 
 def drawn(records: Sequence[Record], count: int, seed: int) -> list[Record]:
@@ -132,9 +138,10 @@ def sentence(found: dict[str, Any]) -> str:
     points = found["proportion"]
     name = found["metric"].replace("_", " ")
     before = "the base" if found["baseline"] == "base" else f"the baseline ({found['baseline']})"
-    tuned, base, added = (_said(train[key], points) for key in ("tuned", "base", "added"))
-    what = "" if points else f", in {name}"
-    opening = f"It does {_way(train['tuned'], points)} on rows it trained on than on held-out ones ({tuned}{what}); "
+    base, added = (_said(train[key], points) for key in ("base", "added"))
+    what = "" if points else f" in {name}"
+    reach = _said(train["tuned"], points).partition(", ")[2]
+    opening = f"It does {_way(train['tuned'], points)}{what} on rows it trained on than on held-out ones ({reach}); "
     opening += f"{before} on the same rows: {base}. "
     low, high = train["added"]["ci95"]
     if low > 0:
