@@ -65,7 +65,7 @@ def measure(sides: Sides) -> dict[str, Any]:
 
 
 def _asked(sides: Sides, rows: Sequence[Record], validating: bool) -> tuple[list[Prediction], list[Prediction]]:
-    """Base and tuned on rows that nobody was asked about yet; where only the first metric is read, no more than that."""
+    """Base and tuned on rows not asked about before; where only the first metric is read, no more than that."""
     tuned = sides.answers(sides.tuned, rows, validating)
     return sides.baseline.predict(rows) if sides.base is None else sides.answers(sides.base, rows, validating), tuned
 
