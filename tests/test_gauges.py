@@ -23,7 +23,7 @@ from tunewright.runs.evidence import gather, gauging
 from tunewright.runs.evidence.sides import NotRun
 from tunewright.runs.report.page import LIMIT, write_report
 
-OURS = {"groups", "swaps", "calibration", "robustness"}
+OURS = {"groups", "swaps", "calibration", "robustness", "overfitting"}
 
 
 def told(path: Path) -> Path:

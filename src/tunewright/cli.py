@@ -148,11 +148,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     changed = "continue although data, training or evaluation keys have changed, and say which"
     train.add_argument("--allow-change", action="store_true", help=changed)
     train.add_argument("--again", action="store_true", help="train anew in a fresh folder beside a finished run")
+    seeds = "train with so many seeds on the same rows, in one folder each, and judge them together (3 or more)"
+    train.add_argument("--seeds", type=_several, metavar="N", help=seeds)
     evaluate = verb("evaluate", _evaluate, "show a run's evidence, or score base and tuned on another file")
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("file", nargs="?", metavar="FILE", help="rows with labels; none: what the run measured")
     gauges = "measure on the run's own rows what was left out or was added since: messy input, groups, confidence ..."
     evaluate.add_argument("--gauges", action="store_true", help=gauges)
+    curve = "would more data help? Trains anew on an eighth, a quarter and half of the rows, in RUN/curve"
+    evaluate.add_argument("--learning-curve", action="store_true", help=curve)
     evaluate.add_argument("--base", help="where the base lies now, if it was moved")
     predict = verb("predict", _predict, "ask a run's model: a text, a picture, a folder, or a file of rows")
     predict.add_argument("folder", metavar="RUN")
@@ -205,6 +209,13 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("1 or more")
+    return number
+
+
+def _several(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("2 or more; 3 give a band that says something")
     return number
 
 
@@ -277,6 +288,14 @@ def _train(options: argparse.Namespace) -> int:
     from tunewright.runs.training import train
 
     out = Path(output_dir or f"runs/{recipe.digest()}").expanduser()
+    if options.seeds:
+        from tunewright.runs.seeds import train_seeds
+
+        found = train_seeds(
+            recipe, out, options.seeds, again=options.again, allow_change=options.allow_change, say=_say
+        )
+        _result(options, found, f"{found['verdict']['sentence']}")
+        return 0
     run = train(recipe, out, again=options.again, allow_change=options.allow_change, say=_say)
     evidence = run.read_json("evidence.json")
     short = {
@@ -300,6 +319,15 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise RecipeError(Fault("--gauges looks at the run's own rows", where="command line", got=options.file))
         measured = measure_gauges(run.path, options.base, _say)
         _say(f"Measured: {', '.join(measured) or 'nothing was left'}.")
+    if options.learning_curve:
+        from tunewright.runs.learning_curve import learning_curve
+
+        if options.file is not None:
+            problem = "--learning-curve looks at the run's own rows"
+            raise RecipeError(Fault(problem, where="command line", got=options.file))
+        found = learning_curve(run.path, options.base, _say)
+        _result(options, found, found["sentence"])
+        return 0
     if options.file is None:
         if not run.finished:
             from tunewright.errors import RunError

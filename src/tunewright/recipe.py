@@ -38,6 +38,8 @@ class DataSpec:
     columns: dict[str, str] = field(default_factory=dict)  # task field -> the user's column
     group: str | None = None  # column whose rows stay on one side of a split
     holdout: float = 0.1  # share of train that becomes the test set where `test` is absent
+    seed: int | None = None  # which rows are held out; None: the recipe's own seed
+    limit: int | None = None  # so many training rows, drawn by row id and nested: 100 of them are among 200; None: all
     on_bad_row: Literal["stop", "quarantine"] = "stop"
 
 
@@ -247,6 +249,9 @@ class Recipe:
         del tree["export"]  # what is written besides; the experiment is the same
         for key in ("groups", "harness", "quick"):  # what is measured besides
             del tree["evaluate"][key]
+        for key in ("seed", "limit"):  # a recipe that leaves them out is the one it was before there were such keys
+            if tree["data"][key] is None:
+                del tree["data"][key]
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
         general = tree["evaluate"]["general"]
@@ -483,6 +488,8 @@ RANGES: dict[str, tuple[str, Any]] = {
     "train.logging_steps": COUNT,
     "train.early_stopping_patience": COUNT,
     "data.holdout": ("more than 0 and less than 1", lambda v: 0 < v < 1),
+    "data.seed": ("a whole number from 0 to 2^31", lambda v: 0 <= v < 2**31),
+    "data.limit": COUNT,
     "export.tolerance": ("more than 0, at most 1", lambda v: 0 < v <= 1),
     "evaluate.margin": ("from 0 to 1 (0.02 is two points)", lambda v: 0 <= v < 1),
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -436,6 +437,7 @@ def student_t_sf(t: float, df: float) -> float:
     return _incomplete_beta(1 / (1 + ratio), ratio / (1 + ratio) if ratio < 1 else 1 / (1 + 1 / ratio), df / 2, 0.5) / 2
 
 
+@lru_cache(maxsize=1024)
 def student_t_quantile(q: float, df: float) -> float:
     """The t below which Student's t with df degrees of freedom falls with probability q in (0, 1)."""
     if not 0 < q < 1:

@@ -48,6 +48,22 @@ def measure(
     }
 
 
+def correct(measures: Sequence[dict[str, Any]], first: str) -> None:
+    """Write `p_holm` into all but the task's first metric, which was declared before anything was seen.
+
+    Three families, each asked together: the task's other metrics, the first metric on the sets of other skills (these
+    can make the verdict a trade), and all other metrics there.
+    """
+    families: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for found in measures:
+        family = str(found["about"]), found["name"] == first
+        if family != ("task", True):
+            families.setdefault(family, []).append(found)
+    for asked in families.values():
+        for found, p in zip(asked, statistics.holm([m["p"] for m in asked]), strict=True):
+            found["p_holm"] = p
+
+
 def flips(
     task: Task,
     records: Sequence[Record],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunewright.runs.report import charts, words
+from tunewright.runs.report import charts, seeds, words
 from tunewright.runs.report.next_step import next_step
 from tunewright.runs.report.record import Measure, Record, mapping, sequence
 
@@ -119,7 +119,7 @@ def how_sure(record: Record) -> list[str]:
         visible = f"{100 * smallest:.2g} points" if lead.in_points else words.number(smallest)
         rows = "With so few rows only" if record.verdict.get("answer") == "can't tell" else "With this many rows"
         said.append(f"{rows} a change of about {visible} or more can be seen.")
-    return [*said, ONE_RUN]
+    return [*said, seeds.sentence(record) or ONE_RUN]
 
 
 def lead_of(record: Record) -> Measure | None:

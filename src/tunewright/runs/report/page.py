@@ -17,7 +17,19 @@ import jinja2
 from markupsafe import Markup
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import calibration, charts, groups, history, inside, robustness, why, words
+from tunewright.runs.report import (
+    calibration,
+    charts,
+    groups,
+    history,
+    inside,
+    learning_curve,
+    overfitting,
+    robustness,
+    seeds,
+    why,
+    words,
+)
 from tunewright.runs.report.first import ONE_RUN, first_screen, lead_of, margin_said, went
 from tunewright.runs.report.flips import Fit, flipped_rows
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
@@ -67,7 +79,7 @@ def render(record: Record, fit: Fit) -> str:
         "errors": errors(record), "whom": groups.for_whom(record), "lost": inside.elsewhere(record),
         "messy": robustness.messy(record), "confidence": calibration.confidence(record),
         "inside": inside.changed(record), "why": why.why(record, fit), "heart": why.by_heart(record),
-        "learning": history.learning(record), "data": history.data(record),
+        "learning": history.learning(record) | {"sections": _growth(record)}, "data": history.data(record),
         "cost": history.cost(record), "usage": history.use(record), "made": history.made(record),
         "limits": limits(record),
     }  # fmt: skip
@@ -103,6 +115,10 @@ def _hashed(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
+def _growth(record: Record) -> list[tuple[str, list[Markup]]]:
+    return [*overfitting.sections(record), *learning_curve.sections(record)]
+
+
 # ---------------------------------------------------------------- is it better?
 def better(record: Record) -> dict[str, Any]:
     """A forest plot per unit and subject, each with its table."""
@@ -111,6 +127,7 @@ def better(record: Record) -> dict[str, Any]:
         {"title": title, "figures": [_forest(panel) for panel in _panels([m for m in measures if m.about == about])]}
         for about, title in ABOUT if any(m.about == about for m in measures)
     ]  # fmt: skip
+    groups += seeds.groups(record)
     lead = lead_of(record)
     return {"answer": f"{words.capital(went(lead))}." if lead else "not measured: the evidence holds no measure",
             "groups": groups, "baseline": baseline(record)}  # fmt: skip
@@ -127,17 +144,17 @@ def _panels(measures: Sequence[Measure]) -> list[list[Measure]]:
 def _forest(measures: Sequence[Measure]) -> Markup:
     if all(m.difference is None for m in measures):
         return _without_base(measures)
-    columns = ("measure", "rows", "base", "tuned", "difference", "95% interval", "p", "finding", "how")
+    columns = ("measure", "rows", "base", "tuned", "difference", "95% interval", "p", "p, corrected", "finding", "how")
     rows = [
         (m.name, words.count(m.n), m.shown(m.base), m.shown(m.tuned), m.shown_difference, m.interval or words.UNKNOWN,
-         _p(m.p), m.finding, m.method or words.UNKNOWN)
+         _p(m.p), _corrected(m), m.finding, m.method or words.UNKNOWN)
         for m in measures
     ]  # fmt: skip
     lead = measures[0]
     message = f"{words.capital(went(lead))}." if len(measures) == 1 else _many(measures)
     way = "" if lead.higher_is_better else " Lower values are better here, so the axis runs from high to low."
     key = Markup('<p class="key">Dot: difference. Line: 95% interval. Grey band: the {} you said do not matter.{}</p>')
-    numbers = charts.table(columns, rows, range(1, 7))
+    numbers = charts.table(columns, rows, range(1, 8))
     return charts.figure(message, charts.forest(measures), numbers, key.format(margin_said(lead), way))
 
 
@@ -157,6 +174,11 @@ def _many(measures: Sequence[Measure]) -> str:
 
 def _p(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else words.number(p)
+
+
+def _corrected(measure: Measure) -> str:
+    """Holm's p where several measures are asked together; the declared one stands alone."""
+    return _p(measure.p_holm) if measure.p_holm is not None else ""
 
 
 def baseline(record: Record) -> str:
@@ -229,7 +251,7 @@ def limits(record: Record) -> dict[str, Any]:
     """What did not run, and what no report of this kind can say."""
     not_measured = [str(line).removeprefix("not measured: ") for line in sequence(record.verdict.get("not_measured"))]
     fixed = [
-        ONE_RUN,
+        seeds.sentence(record) or ONE_RUN,
         "The held-out rows stand for your future rows only as far as these will look like them.",
         "What was not measured can still have changed: other skills, safety, fairness, rare inputs.",
         "Examples show what changed, not why; nothing here is a proof of cause.",
