@@ -186,7 +186,7 @@ def log_odds(p: float) -> float:
 
 
 def _line(sides: Sides, asking: _Asking, flip: Flip, made: Occluded) -> dict[str, Any] | None:
-    """None where it is answered otherwise now, as a picture made small may be: that answer is not the one in question."""
+    """None where it is answered otherwise now, as a picture made small may be: another answer is in question."""
     found = dict(zip(("base", "tuned"), asking.worth([made.whole, *made.without]), strict=True))
     answers = {name: side.pop("answer") for name, side in found.items() if "answer" in side}
     if answers and answers != {"base": flip.before["label"], "tuned": flip.after["label"]}:
