@@ -127,7 +127,7 @@ def test_a_picture_that_is_answered_otherwise_once_made_small_is_left_out_and_co
     made = planted(paths, lambda p: 0.9, lambda p: 0.6 if size(p)[0] == attribution.SIDE else 0.2, "image")
     monkeypatch.setattr(type(made.task), "fields", {"image": Field("", "image")})
     found = attribution.measure(made)
-    assert (found["n"], found["of"], found["small_otherwise"]) == (1, 2, 1)
+    assert (found["n"], found["of"], found["answered_otherwise"]) == (1, 2, 1)
     assert found["rows"][0]["image"] == paths[1]
 
 

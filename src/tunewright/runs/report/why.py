@@ -69,8 +69,8 @@ def _resting(found: Found, fit: Fit, pictures: Pictures) -> list[Markup]:
     odds = "log-odds" in found["unit"]
     order = "that changed sides, broken first" if odds else "whose score moved, the worst first"
     scope = f"{words.plural(found['n'], 'row')} of {words.count(found['of'])} {order}. "
-    if small := found.get("small_otherwise"):
-        scope += f"{words.plural(small, 'row')} left out: made small for this, the picture is answered otherwise. "
+    if small := found.get("answered_otherwise"):
+        scope += f"{words.plural(small, 'row')} left out: asked again, a model answers otherwise than before. "
     way = "Each region is greyed" if found["kind"] == "image" else "Each word is left out"
     scope += f"{way}, and both models are asked again. " + (
         "Numbers are log-odds that the answer loses: 0.7 halves its odds, 2.3 makes them a tenth."

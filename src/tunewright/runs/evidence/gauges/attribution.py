@@ -129,10 +129,10 @@ def measure(sides: Sides) -> dict[str, Any]:
             lines += [line] if line else []
             otherwise += made is not None and line is None
     if not lines:
-        raise NotRun("no row that changed sides has two words or more, or its picture made small is answered otherwise")
+        raise NotRun("no row that changed sides has two words or more, or asked again it is answered otherwise")
     return {
         "field": field, "kind": kind, "unit": asking.unit, "n": len(lines), "of": total, "rows": lines,
-        "small_otherwise": otherwise, "baseline": sides.baseline.name, **_counts(lines),
+        "answered_otherwise": otherwise, "baseline": sides.baseline.name, **_counts(lines),
         "sentence": _sentence(lines, total, kind), "limits": list(LIMITS),
     }  # fmt: skip
 
@@ -186,7 +186,7 @@ def log_odds(p: float) -> float:
 
 
 def _line(sides: Sides, asking: _Asking, flip: Flip, made: Occluded) -> dict[str, Any] | None:
-    """None where a picture made small has another answer: it would be taken apart for an answer that nobody got."""
+    """None where it is answered otherwise now, as a picture made small may be: another answer is in question."""
     found = dict(zip(("base", "tuned"), asking.worth([made.whole, *made.without]), strict=True))
     answers = {name: side.pop("answer") for name, side in found.items() if "answer" in side}
     if answers and answers != {"base": flip.before["label"], "tuned": flip.after["label"]}:
