@@ -123,6 +123,20 @@ def test_the_same_measurement_gives_the_same_numbers(run):
         }
 
 
+def test_a_whole_model_that_is_opened_again_is_held_against_the_same_baseline(house):
+    """The base has no head for these labels, which a finished whole model no longer shows."""
+    path = tunewright.train(tree(house, "whole") | {"method": "full"}, quiet=True).path
+    kept = {name: gauge(path, name) for name in gauging.modules()}
+    assert json.loads((path / "evidence.json").read_text())["baseline"]["name"] != "base"
+    shutil.rmtree(path / "gauges")
+    from tunewright.runs.evaluation import measure_gauges
+
+    measure_gauges(path, None, print)
+    for name, before in kept.items():
+        again = gauge(path, name)
+        assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in before.items() if k != "seconds"}
+
+
 def test_quick_leaves_out_what_asks_the_models_again_and_the_command_measures_it_later(house, cli, tmp_path):
     path = tunewright.train(tree(house, "quick", groups=["region"], quick=True), quiet=True).path
     there = {p.stem for p in (path / "gauges").glob("*.json")}

@@ -184,7 +184,7 @@ def _sweep(gauge: Gauge) -> Markup:
     kept = [entry["kept"] for entry in sweep if "kept" in entry]
     width = COLUMN - 2.0 if kept else 96.0
     task_scale = _column(_ends([entry["against_full"] for entry in sweep]), 2.0, width)
-    kept_scale = _column(_ends(kept), RIGHT)
+    kept_scale, kept_size = _column(_ends(kept), RIGHT), _size(any(one.get("proportion") for one in kept))
     metric = words.name(gauge["metric"]["name"])
     drawn = [text("2%", 16, f"{metric}, against full strength", "tick")]
     drawn += [text(f"{RIGHT}%", 16, words.short(f"{kept[0]['name']}, against it", 40), "tick")] if kept else []
@@ -193,7 +193,7 @@ def _sweep(gauge: Gauge) -> Markup:
         name = f"strength {words.number(entry['strength'])}{' ◆' if chosen else ''}"
         drawn.append(text("0%", top + 16, name, "label"))
         columns = [(entry["against_full"], task_scale, f"{COLUMN if kept else 100}%", size)]
-        columns += [(entry["kept"], kept_scale, "100%", words.change)] if "kept" in entry else []
+        columns += [(entry["kept"], kept_scale, "100%", kept_size)] if "kept" in entry else []
         for given, scale, end, say in columns:
             effect = SAME if entry["strength"] == 1 else given
             kind = _kind(effect)
@@ -225,7 +225,9 @@ def _sweep_table(sweep: Sequence[Gauge], metric: str, size: Callable[[Any], str]
         row += [size(entry["against_full"]["difference"]), _interval(entry["against_full"], size)]
         if with_kept:
             kept = entry["kept"]
-            row += [words.number(kept["value"]), words.change(kept["difference"]), _interval(kept, words.change)]
+            points = bool(kept.get("proportion"))
+            value = words.share(kept["value"]) if points else words.number(kept["value"])
+            row += [value, _size(points)(kept["difference"]), _interval(kept, _size(points))]
         rows.append(row)
     return charts.table(columns, rows, range(len(columns)))
 
