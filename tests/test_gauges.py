@@ -87,7 +87,8 @@ def test_training_leaves_one_file_for_every_gauge(finished):
 @pytest.mark.parametrize("task", find.names("tasks"))
 def test_no_gauge_fails_at_any_task(task, tmp_path):
     """What does not apply says why; a failure would say `it failed`."""
-    made = tiny_tree(task, tmp_path / "tiny", output_dir=str(tmp_path / "run")) | {"train": {"max_steps": 1}}
+    made = tiny_tree(task, tmp_path / "tiny", output_dir=str(tmp_path / "run"), evaluate={})
+    made |= {"train": {"max_steps": 1}}
     path = tunewright.train(made, quiet=True).path
     reasons = {name: gauge(path, name).get("not_run", "") for name in gauging.modules()}
     assert not any(reason.startswith(gauging.FAILED) for reason in reasons.values()), reasons
