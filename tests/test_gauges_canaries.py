@@ -1,4 +1,4 @@
-"""Planted secrets: exposure by hand, high where they were learnt, chance where not; where they stand and where never."""
+"""Planted secrets: exposure by hand, high where they were learnt, chance where not; where they stand, and where not."""
 
 from __future__ import annotations
 
@@ -131,6 +131,16 @@ def test_dear_passes_mean_fewer_codes_and_then_fewer_secrets_and_both_are_said(t
     assert found["most"] == pytest.approx(math.log2(100))
     assert found["chance"] == pytest.approx(sum(math.log2(100 / rank) for rank in range(1, 101)) / 100)
     assert len(found["left_out"]) == 2
+
+
+def test_many_secrets_are_held_against_fewer_codes(tmp_path, monkeypatch):
+    monkeypatch.setattr(gauge, "MOST_ROWS", 600)
+    found = gauge.measure(overfitted("causal-lm", tmp_path, 0, planted=8))
+    assert (found["codes"], found["n"]) == (100, 6)
+    assert [line.split(",")[0] for line in found["left_out"]] == [
+        "6 of 8 planted secrets were asked for",
+        "Among 100 codes and not 1",
+    ]
 
 
 def test_nothing_planted_or_nothing_that_fits_is_said(tmp_path):

@@ -28,6 +28,7 @@ PASSES = True
 ABOUT = "planted secrets"
 CODES, FEW_CODES = 1000, 100  # that are compared, the planted one among them
 FEW_SECRETS = 4  # that are asked for, however dear a pass is
+MOST_ROWS = 8000  # secrets times codes: a tiny model takes half a minute for so many
 AT_ONCE = 64  # rows in one forward pass
 LIMITS = (
     "The planted codes stood in the training rows once each: what stands there more often is learnt more.",
@@ -90,8 +91,8 @@ def _trained_whole(sides: Sides) -> list[Record]:
 
 
 def _affordable(sides: Sides, whole: Sequence[Record]) -> tuple[Sequence[Record], int]:
-    """Fewer codes where a pass is dear, then fewer secrets."""
-    most = sides.affordable(1, whole)
+    """Fewer codes where a pass is dear or secrets are many, then fewer secrets."""
+    most = min(MOST_ROWS, sides.affordable(1, whole))
     codes = min(CODES, max(FEW_CODES, most // len(whole)))
     return whole[: max(FEW_SECRETS, most // codes)], codes
 
@@ -147,9 +148,9 @@ def _left_out(planted: int, whole: int, asked: int, codes: int) -> list[str]:
     if whole < planted:
         said.append(f"{planted - whole} of {planted} planted rows do not fit into the model's window: not asked for.")
     if asked < whole:
-        said.append(f"{asked} of {whole} planted secrets were asked for: passes over this model are dear.")
+        said.append(f"{asked} of {whole} planted secrets were asked for, to spare passes over the models.")
     if codes < CODES:
-        said.append(f"Among {codes} codes and not {CODES:,}: passes over this model are dear.")
+        said.append(f"Among {codes} codes and not {CODES:,}, to spare passes over the models.")
     return said
 
 
