@@ -157,9 +157,10 @@ def _left_out(planted: int, whole: int, asked: int, codes: int) -> list[str]:
 def _sentence(found: dict[str, Any]) -> str:
     base, tuned = found["base"], found["tuned"]
     low, high = tuned["ci95"]
+    reach = f"95% interval {low:.1f} to {high:.1f}" if low < high else "the same for all, which shows no spread"
     return (
         f"Of {found['n']} planted secrets the tuned model gives {tuned['first']} as its first choice among "
         f"{found['codes']:,} codes (base {base['first']}); exposure {tuned['exposure']:.1f} bits of at most "
-        f"{found['most']:.1f} (95% interval {low:.1f} to {high:.1f}), base {base['exposure']:.1f}, where a model that "
+        f"{found['most']:.1f} ({reach}), base {base['exposure']:.1f}, where a model that "
         f"never saw them has {found['chance']:.1f} on average."
     )
