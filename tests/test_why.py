@@ -123,8 +123,17 @@ def test_planted_secrets_stand_there_with_their_ranks(tmp_path):
     source = report(with_gauges(text_run(tmp_path), canaries=planted()))
     heart = Page(part(source, "heart"))
     assert Page(source).faults == []
-    for said in ("Of 8 planted secrets.", "999 others", "1.44 on average", "1.37 → 8.12 bits", "6.3\u00a0to\u00a09.94",
-                 "62.5%", "+6.75 bits", "p < 0.001", BAD, "012345", "417", "1 of 9 cut.", "A rank among codes."):  # fmt: skip
+    figures = (
+        "999 others",
+        "1.44 on average",
+        "1.37 → 8.12 bits",
+        "6.3\u00a0to\u00a09.94",
+        "62.5%",
+        "+6.75 bits",
+        "417",
+    )
+    words = ("Of 8 planted secrets.", "p < 0.001", BAD, "012345", "1 of 9 cut.", "A rank among codes.")
+    for said in (*figures, *words):
         assert said in heart.text, said
     assert "not measured" in heart.text  # rows completed word for word
     assert len(heart.named("svg")) == 1

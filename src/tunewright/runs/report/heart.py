@@ -24,7 +24,7 @@ def by_heart(record: Record) -> Part:
     completed, not_completed = record.gauge("memorisation")
     planted, not_planted = record.gauge("canaries")
     if not_completed and not_planted:
-        return {"answer": f"not measured: {not_completed}", "sections": []}
+        return {"answer": f"not measured: {not_completed}; {not_planted}", "sections": []}
 
     def drawn() -> list[tuple[str, list[Markup]]]:
         return [
