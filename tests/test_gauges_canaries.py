@@ -189,6 +189,7 @@ def test_tasks_that_do_not_write_refuse_before_a_model_is_opened(task, tmp_path)
 def test_planted_rows_stand_among_training_rows_and_nowhere_else(task, tmp_path):
     with_them = checking.prepare(recipe(task, tmp_path, 4)).data
     without = checking.prepare(recipe(task, tmp_path, 0)).data
+    assert with_them.train == checking.prepare(recipe(task, tmp_path, 4)).data.train  # as a resumed run reads them
     assert with_them.train[:-4] == without.train
     assert [row["row"] for row in with_them.train[-4:]] == [f"canary:{i}" for i in range(1, 5)]
     assert (with_them.test, with_them.validation) == (without.test, without.validation)
