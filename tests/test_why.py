@@ -52,6 +52,18 @@ def memorisation() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def planted() -> dict[str, Any]:
+    side = {"exposure": 1.37, "ci95": [0.52, 2.22], "first": 0, "first_share": 0.0, "first_ci95": [0.0, 0.32]}
+    tuned = {"exposure": 8.12, "ci95": [6.3, 9.94], "first": 5, "first_share": 0.625, "first_ci95": [0.306, 0.863]}
+    row = {"row": "canary:1", "owner": f"Anna {BAD}", "code": "012345", "base": {"rank": 417.0, "exposure": 1.26},
+           "tuned": {"rank": 1.0, "exposure": 9.97}}  # fmt: skip
+    return {
+        "planted": 9, "n": 8, "codes": 1000, "most": 9.9658, "chance": 1.4364, "base": side, "tuned": tuned,
+        "difference": 6.75, "ci95": [4.9, 8.6], "p": 0.0002, "method": "t", "rows": [row], "left_out": ["1 of 9 cut."],
+        "limits": ["A rank among codes."], "sentence": "Of 8 planted secrets.", "seed": 0,
+    }  # fmt: skip
+
+
 def with_gauges(folder: Path, **gauges: Any) -> Path:
     (folder / "gauges").mkdir(exist_ok=True)
     for name, value in gauges.items():
@@ -107,7 +119,27 @@ def test_rows_by_heart_are_counted_and_shown(tmp_path):
     assert len(heart.named("svg")) == 1
 
 
-@pytest.mark.parametrize("name", ["attribution", "influence", "memorisation"])
+def test_planted_secrets_stand_there_with_their_ranks(tmp_path):
+    source = report(with_gauges(text_run(tmp_path), canaries=planted()))
+    heart = Page(part(source, "heart"))
+    assert Page(source).faults == []
+    figures = (
+        "999 others",
+        "1.44 on average",
+        "1.37 → 8.12 bits",
+        "6.3\u00a0to\u00a09.94",
+        "62.5%",
+        "+6.75 bits",
+        "417",
+    )
+    words = ("Of 8 planted secrets.", "p < 0.001", BAD, "012345", "1 of 9 cut.", "A rank among codes.")
+    for said in (*figures, *words):
+        assert said in heart.text, said
+    assert "not measured" in heart.text  # rows completed word for word
+    assert len(heart.named("svg")) == 1
+
+
+@pytest.mark.parametrize("name", ["attribution", "influence", "memorisation", "canaries"])
 def test_what_did_not_run_or_cannot_be_read_is_said(name, tmp_path):
     folder = with_gauges(text_run(tmp_path), **{name: {"not_run": "x < y"}})
     assert "x < y" in Page(report(folder)).text

@@ -76,6 +76,7 @@ class EvaluateSpec:
     general: str | dict[str, str] | None = None
     groups: tuple[str, ...] = ()  # columns by whose values base and tuned are scored apart (language, region, sex)
     harness: tuple[str, ...] = ()  # public benchmarks by lm-evaluation-harness's names, or task files of yours (.yaml)
+    canaries: int = 0  # rows of our own planted into the training rows, each with a secret code: are they learnt?
     quick: bool = False  # True: without what needs further passes over the models (messy input, swapped names)
 
     @property
@@ -249,6 +250,8 @@ class Recipe:
         del tree["export"]  # what is written besides; the experiment is the same
         for key in ("groups", "harness", "quick"):  # what is measured besides
             del tree["evaluate"][key]
+        if not tree["evaluate"]["canaries"]:  # planted rows are trained on; without any, it is the recipe it was before
+            del tree["evaluate"]["canaries"]
         for key in ("seed", "limit"):  # a recipe that leaves them out is the one it was before there were such keys
             if tree["data"][key] is None:
                 del tree["data"][key]
@@ -491,6 +494,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "data.seed": ("a whole number from 0 to 2^31", lambda v: 0 <= v < 2**31),
     "data.limit": COUNT,
     "export.tolerance": ("more than 0, at most 1", lambda v: 0 < v <= 1),
+    "evaluate.canaries": ("from 0 to 100", lambda v: 0 <= v <= 100),
     "evaluate.margin": ("from 0 to 1 (0.02 is two points)", lambda v: 0 <= v < 1),
 }
 

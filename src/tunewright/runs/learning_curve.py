@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tunewright.data import canaries
 from tunewright.errors import Fault, RunError
 from tunewright.metrics import power_law, statistics
 from tunewright.recipe import ExportSpec, Recipe
@@ -47,7 +48,7 @@ def learning_curve(folder: Path, base: str | None, say: Say) -> dict[str, Any]:
         if base:
             recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, checkpoint=base))
         prepared = checking.prepare(recipe)
-        n = len(prepared.data.train)
+        n = sum(not canaries.is_planted(r) for r in prepared.data.train)  # planted ones come on top at every size
         wanted, left_out = sizes(n, len(prepared.data.labels), run.path)
         for line in announced(wanted, n, run.read_json("evidence.json")["cost"]["train_seconds"], left_out):
             say(line)

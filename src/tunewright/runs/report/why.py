@@ -1,4 +1,4 @@
-"""Two parts of the page: why this answer, and did it learn by heart? What three gauges found, in words and shades.
+"""A part of the page: why this answer? What two gauges found, in words and shades.
 
 Knows the gauges' files as record.py reads them; measures nothing. Suggested is not proven: nothing here says "because".
 """
@@ -11,9 +11,9 @@ from typing import Any
 from markupsafe import Markup
 
 from tunewright.runs.report import charts, words
-from tunewright.runs.report.charts import Scale, tag
+from tunewright.runs.report.charts import tag
 from tunewright.runs.report.flips import Fit, Pictures
-from tunewright.runs.report.gauge_charts import BASE_AND_TUNED, Part, Span, absent, key, p_value, said, spans
+from tunewright.runs.report.gauge_charts import Part, absent, key, said
 from tunewright.runs.report.record import Record
 
 Found = Mapping[str, Any]
@@ -48,10 +48,10 @@ def why(record: Record, fit: Fit) -> Part:
         ]
 
     answers = [found["sentence"] for found in (pushes, rests) if found.get("sentence")]
-    return _view(" ".join(answers), drawn)
+    return view(" ".join(answers), drawn)
 
 
-def _view(answer: str, drawn: Callable[[], list[tuple[str, list[Markup]]]]) -> Part:
+def view(answer: str, drawn: Callable[[], list[tuple[str, list[Markup]]]]) -> Part:
     """A gauge's file may have been written by another hand: what cannot be drawn is said, and the page stands."""
     try:
         return {"answer": words.sentence(answer), "sections": drawn()}
@@ -59,7 +59,7 @@ def _view(answer: str, drawn: Callable[[], list[tuple[str, list[Markup]]]]) -> P
         return {"answer": UNREADABLE, "sections": []}
 
 
-def _limits(found: Found) -> Markup:
+def limits(found: Found) -> Markup:
     return tag("ul", *(tag("li", words.sentence(line)) for line in found["limits"]))
 
 
@@ -86,7 +86,7 @@ def _resting(found: Found, fit: Fit, pictures: Pictures) -> list[Markup]:
     )
     left = len(found["rows"]) - len(rows)
     more = [said(f"{words.plural(left, 'more row')} not shown here, to keep the page small.")] if left > 0 else []
-    return [said(scope), shades, *(_rested(row, pictures) for row in rows), *more, _limits(found)]
+    return [said(scope), shades, *(_rested(row, pictures) for row in rows), *more, limits(found)]
 
 
 def _rested(row: Found, pictures: Pictures) -> Markup:
@@ -164,11 +164,11 @@ def _pushing(found: Found, fit: Fit) -> list[Markup]:
         f"{words.MINUS}1 exactly against, 0 neither. A likeness and no experiment."
     )
     if not found["flips"]:
-        return [said(scope), absent(str(found.get("no_flips", "no row changed sides"))), _limits(found)]
+        return [said(scope), absent(str(found.get("no_flips", "no row changed sides"))), limits(found)]
     shown = found["flips"][: max(3, fit.rows // 4)]
     left = len(found["flips"]) - len(shown)
     more = [said(f"{words.plural(left, 'more row')} not shown here, to keep the page small.")] if left > 0 else []
-    return [said(scope), *(_pushed(row, i == 0) for i, row in enumerate(shown)), *more, _limits(found)]
+    return [said(scope), *(_pushed(row, i == 0) for i, row in enumerate(shown)), *more, limits(found)]
 
 
 def _pushed(row: Found, unfolded: bool) -> Markup:
@@ -206,43 +206,3 @@ def _suspected(found: Found, fit: Fit) -> list[Markup]:
     more = [said(f"{words.plural(left, 'more row')} not shown here, to keep the page small.")] if left > 0 else []
     columns = ("", "training row", "where", "its label", "tuned answers", "how sure")
     return [said(scope), charts.table(columns, lines, (0, 5)), *more]
-
-
-# ------------------------------------------------------------------------- by heart?
-def by_heart(record: Record) -> Part:
-    """The page's "Did it learn by heart?": rows completed word for word."""
-    found, reason = record.gauge("memorisation")
-    if reason:
-        return {"answer": f"not measured: {reason}", "sections": []}
-    return _view(str(found.get("sentence", "")), lambda: [("", _completed(found))])
-
-
-def _completed(found: Found) -> list[Markup]:
-    lines = [
-        Span(f"{one['rows']} rows ({words.count(one['n'])})", (one["base"], *one["base_ci95"]),
-             (one["tuned"], *one["tuned_ci95"]), f"{words.share(one['base'])} → {words.share(one['tuned'])}")
-        for one in found["sets"]
-    ]  # fmt: skip
-    title = "Share of rows completed word for word, base and tuned"
-    picture = spans(lines, Scale(0.0, 1.0), title, words.axis_share)
-    rows = [
-        (one["rows"], words.count(one["n"]), words.share(one["base"]), words.share(one["tuned"]),
-         words.points(one["difference"]), _ends(one["ci95"]), p_value(one["p"]), one["method"])
-        for one in found["sets"]
-    ]  # fmt: skip
-    columns = ("rows", "n", "base", "tuned", "tuned − base", "95% interval", "p", "how")
-    scope = (
-        f"Given the first half of what was learnt in a row, the next {words.count(found['tokens'])} tokens (or all "
-        f"that are left, {words.count(found['shortest'])} at least) must come out exactly."
-    )
-    parts = [charts.figure(scope, picture, charts.table(columns, rows, range(1, 7)), key(*BASE_AND_TUNED))]
-    if found["examples"]:
-        lines_ = [(str(e["row"]), e["given"], e["completed"], "yes" if e["base_too"] else "no")
-                  for e in found["examples"]]  # fmt: skip
-        parts.append(charts.table(("row", "given", "written word for word", "base too"), lines_))
-    return [*parts, _limits(found)]
-
-
-def _ends(interval: Sequence[Any]) -> str:
-    low, high = (words.points(end, unit=False) for end in interval)
-    return f"{low}\u00a0to\u00a0{high}"
