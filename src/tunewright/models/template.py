@@ -113,7 +113,7 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
         with _bounded():
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except (TimeoutError, MemoryError, OverflowError) as error:
-        raise _excessive(f"took more than {SECONDS:.0f} seconds or {MEMORY >> 20} MiB", len(messages)) from error
+        raise _excessive(f"took more than {SECONDS:.0f} seconds of processor time or {MEMORY >> 20} MiB", len(messages)) from error
     if len(text) > limit:
         raise _excessive(f"wrote {len(text):,} characters", len(messages))
     return text
@@ -130,25 +130,28 @@ def _has_powers(source: str) -> bool:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """A deadline and a ceiling for new memory, where the system and the thread allow them."""
+    """A deadline and a ceiling for new memory, where the system and the thread allow them.
+
+    Processor time, not time on the wall: a busy machine must not make a template hostile.
+    """
     here = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, late) if here else None
+    before = signal.signal(signal.SIGVTALRM, late) if here else None
     try:
         if here:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         if STATUS.exists():  # Linux; a limit without knowing what is in use would be a guess
             resource.setrlimit(resource.RLIMIT_AS, (_in_use() + MEMORY, hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if here:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
 
 
 def _in_use() -> int:

@@ -72,11 +72,15 @@ def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -
         recipe, model = run.recipe(), run.path / "model"
         moved = replace(recipe, model=replace(recipe.model, checkpoint=base)) if base else recipe
         prepared, predictor = checking.prepare(moved), open_run(folder, base)
-        data = prepared.data
+        data, task = prepared.data, predictor.task
+        spec = base_of(recipe, model, base, "an evaluation compares with the base")
+        # what the base lacks, a finished model no longer shows
+        start = task.load(spec, predictor.loaded.labels)
+        loaded = replace(predictor.loaded, fresh=start.fresh)
         ground = gauging.Ground(
-            run, recipe, predictor.task, method_of(recipe), predictor.loaded, predictor.model, is_whole(model),
-            base_of(recipe, model, base, "an evaluation compares with the base"), data.train, data.validation,
-            data.test, prepared.general,
+            run, recipe, task, method_of(recipe), loaded, predictor.model, is_whole(model), spec, data.train,
+            data.validation, data.test, prepared.general,
+            gather.baseline_of(task, spec, start, data.train, recipe.train.per_device_eval_batch_size),
         )  # fmt: skip
         tried = gauging.measure_missing(ground, say, quick=False, again=True)
         write_report(run.path)
