@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> Path:
     [
         ("no verdict", {"changed": SWEEP, "groups": GROUPS}, "Do not decide yet."),
         ("worse", {"changed": SWEEP, "groups": GROUPS}, "Do not use it."),
-        ("trade", {"changed": SWEEP, "groups": GROUPS}, "Use it at 75% strength."),
+        ("trade", {"changed": SWEEP, "groups": GROUPS}, "If you take this trade, take it at 75% strength."),
         ("better", {"changed": SWEEP, "groups": GROUPS, "probe": PROBE}, "Use it at 75% strength."),
         ("trade", {"groups": GROUPS}, "Decide which matters more to you."),
         ("can't tell", {"groups": GROUPS}, "Keep the base for now."),
@@ -77,8 +77,8 @@ def test_the_most_useful_step_comes_first_in_the_stated_order(
 def test_a_strength_is_recommended_with_its_figures_and_its_command(run: Path) -> None:
     step = next_step(read(gauges(run, changed=SWEEP)))
     assert step["command"] == "tunewright merge tickets --base-share 0.25"
-    assert "stories gain +0.31 (120 rows, 95% interval +0.12\u00a0to\u00a0+0.5)" in step["why"]
-    assert "task changes by \u22120.4 points (300 rows" in step["why"]
+    assert "stories +0.31 (120 rows, 95% interval +0.12\u00a0to\u00a0+0.5)" in step["why"]
+    assert "your task \u22120.4 points (300 rows" in step["why"]
     assert "tunewright merge tickets --base-share 0.25" in Page(report(run)).text
 
 

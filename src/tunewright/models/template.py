@@ -113,7 +113,8 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
         with _bounded():
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except (TimeoutError, MemoryError, OverflowError) as error:
-        raise _excessive(f"took more than {SECONDS:.0f} seconds of processor time or {MEMORY >> 20} MiB", len(messages)) from error
+        what = f"took more than {SECONDS:.0f} seconds of processor time or {MEMORY >> 20} MiB"
+        raise _excessive(what, len(messages)) from error
     if len(text) > limit:
         raise _excessive(f"wrote {len(text):,} characters", len(messages))
     return text

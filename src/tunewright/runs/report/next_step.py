@@ -59,11 +59,12 @@ def _strength(record: Record) -> Step:
     rest = Measure.read(kept, record.margin)
     name = kept.get("name") or "kept skills"
     why = (
-        f"Against full strength {name} gain {rest.shown_difference} ({words.plural(rest.n, 'row')}, 95% interval "
-        f"{rest.interval}) and your task changes by {task.shown_difference} ({words.plural(task.n, 'row')}, "
-        f"{task.interval}). This writes that model:"
+        f"Against full strength, so turned that + is better: {name} {rest.shown_difference} "
+        f"({words.plural(rest.n, 'row')}, 95% interval {rest.interval}), your task {task.shown_difference} "
+        f"({words.plural(task.n, 'row')}, {task.interval}). This writes that model:"
     )
-    return {"do": f"Use it at {_percent(strength)} strength.", "why": why, "command": str(best["command"])}
+    do = f"{'If you take this trade, take' if _is(record, 'trade') else 'Use'} it at {_percent(strength)} strength."
+    return {"do": do, "why": why, "command": str(best["command"])}
 
 
 def _trade(record: Record) -> Step:
