@@ -54,11 +54,11 @@ def run(tmp_path: Path) -> Path:
     ("answer", "found", "do"),
     [
         ("no verdict", {"changed": SWEEP, "groups": GROUPS}, "Do not decide yet."),
-        ("worse", {"changed": SWEEP, "groups": GROUPS}, "Do not use it."),
+        ("worse", {"changed": SWEEP, "groups": GROUPS}, "Do not use it: keep what you had."),
         ("trade", {"changed": SWEEP, "groups": GROUPS}, "If you take this trade, take it at 75% strength."),
         ("better", {"changed": SWEEP, "groups": GROUPS, "probe": PROBE}, "Use it at 75% strength."),
         ("trade", {"groups": GROUPS}, "Decide which matters more to you."),
-        ("can't tell", {"groups": GROUPS}, "Keep the base for now."),
+        ("can't tell", {"groups": GROUPS}, "Do not use it yet: nothing shows that it beats the base (zero-shot)."),
         ("no meaningful change", {"groups": GROUPS}, "Keep the base."),
         ("better", {"groups": GROUPS, "probe": PROBE}, "Do not use it for region west yet."),
         ("better", {"probe": PROBE}, "Use it for this task alone."),
@@ -94,8 +94,13 @@ def test_a_model_that_broke_nothing_may_be_used(run: Path) -> None:
 
 def test_what_stands_in_the_way_of_use_is_said_below_the_step(run: Path) -> None:
     hints = next_step(read(gauges(run, calibration=CALIBRATION, robustness=MESSY)))["also"]
-    assert hints[0].startswith("In the messiest input it falls behind the base (\u221210.0 points")
-    assert "off by 8.0 points, chance alone shows up to 4.0 points; too sure" in hints[1]
+    assert hints[0].startswith(
+        "With 150 rows made messy on purpose, as much as our edits go, it falls behind the base (\u221210.0"
+    )
+    assert (
+        "on average 8.0 points away from how often it is right (too sure); chance alone would show up to 4.0 points"
+        in hints[1]
+    )
     assert "Dividing its logits by 1.53" in hints[1]
     calm = CALIBRATION | {"tuned": {"ece": 0.03, "floor_p95": 0.04, "calibrated": True}}
     assert next_step(read(gauges(run, calibration=calm, robustness={"not_run": "x"})))["also"] == []
@@ -112,7 +117,8 @@ def test_general_questions_and_movement_are_said_where_no_rows_were_named(run: P
     change = "(\u221210.0 points, 95% interval \u221216.0 to \u22124.0)"
     assert said[0] == f"Of 120 general questions it broke 15 and fixed 3 {change}: worse."
     assert said[1].startswith(
-        "KL on neutral texts, on 200 neutral texts: 0.123 nats a token (95% interval 0.11 to 0.13)."
+        "How far it moved, which is no loss by itself: KL on neutral texts, on 200 neutral texts, "
+        "0.123 nats a token (95% interval 0.11 to 0.13)."
     )
     assert "At 91.2% of places it expects the same next word." in said[1]
     assert "forg" not in " ".join(said)

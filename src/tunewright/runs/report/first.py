@@ -16,7 +16,9 @@ ANSWERS = {  # symbol and tone beside the verdict's word
     "better": ("▲", "better"), "worse": ("▼", "worse"), "trade": ("⇄", "worse"), "can't tell": ("?", "unclear"),
     "no meaningful change": ("=", "unclear"), "no verdict": ("–", "unclear"),
 }  # fmt: skip
-ONE_RUN = "One training run. Another seed could differ; this interval covers rows only."
+ONE_RUN = (
+    "One training run: another seed (other random numbers) could give another result; the interval covers rows only."
+)
 
 
 def first_screen(record: Record) -> dict[str, Any]:
@@ -79,10 +81,9 @@ def _moved(record: Record) -> list[str]:
     same = first.get("same_next_word")
     word = f" At {words.share(same)} of places it expects the same next word." if words.is_number(same) else ""
     return [
-        f"{words.capital(str(first.get('name')))}, on {words.count(first.get('n'))} {first.get('on')}: "
-        f"{words.number(first['value'])} {first.get('unit')} "
-        f"(95% interval {words.number(low)} to {words.number(high)}).{word} "
-        "This says how far it moved, not what it lost."
+        f"How far it moved, which is no loss by itself: {first.get('name')}, on {words.count(first.get('n'))} "
+        f"{first.get('on')}, {words.number(first['value'])} {first.get('unit')} "
+        f"(95% interval {words.number(low)} to {words.number(high)}).{word}"
     ]  # fmt: skip
 
 
@@ -117,8 +118,7 @@ def how_sure(record: Record) -> list[str]:
     smallest = record.verdict.get("smallest_detectable")
     if lead and words.is_number(smallest):
         visible = f"{100 * smallest:.2g} points" if lead.in_points else words.number(smallest)
-        rows = "With so few rows only" if record.verdict.get("answer") == "can't tell" else "With this many rows"
-        said.append(f"{rows} a change of about {visible} or more can be seen.")
+        said.append(f"They can show a change of about {visible} or more; a smaller one would go unseen.")
     return [*said, seeds.sentence(record) or ONE_RUN]
 
 
@@ -137,7 +137,8 @@ def strip(record: Record) -> dict[str, Any]:
         lead = lead_of(record)
         if lead is None or lead.difference is None:
             return {"reason": why, "picture": ""}
-        key = f"Dot: difference. Line: 95% interval. Grey band: the {margin_said(lead)} you said do not matter."
+        band = f"{margin_said(lead)}, too small to matter (evaluate.margin)"
+        key = f"Dot: difference. Line: 95% interval. Grey band: {band}."
         return {"reason": why, "picture": charts.forest([lead]), "key": key}
     kinds = {mapping(row).get("kind") for key in ("examples", "others") for row in sequence(flips.get(key))}
     tiles = [

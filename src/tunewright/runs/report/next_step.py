@@ -13,6 +13,7 @@ from tunewright.runs.report import words
 from tunewright.runs.report.record import Measure, Record, mapping, sequence
 
 Step = dict[str, Any]  # do: the decision in a few words; why: a sentence; command: what to type, or ""
+NEARLY_ALL = 0.95  # share of right rows above which little is left to gain
 MOST_HINTS = 2  # more would push the picture of all rows off the first screen
 
 
@@ -25,6 +26,12 @@ def next_step(record: Record) -> Step:
 
 def _is(record: Record, *answers: str) -> bool:
     return record.verdict.get("answer") in answers
+
+
+def _before(record: Record) -> str:
+    """What it is held against, in words: the base, or the rule that stands for a base without an answer of its own."""
+    name = str(mapping(record.evidence.get("baseline")).get("name") or "base")
+    return {"base": "the base", "majority": "always giving the most frequent label"}.get(name, f"the base ({name})")
 
 
 def _given(record: Record) -> str:
@@ -42,7 +49,10 @@ def _worse(record: Record) -> Step:
     if not _is(record, "worse"):
         return {}
     why = "Look at the rows that broke, then try a smaller learning rate, fewer epochs or another method."
-    return {"do": "Do not use it.", "why": why}
+    lead = next((m for m in record.measures if m.about == "task"), None)
+    if lead is not None and lead.in_points and lead.base is not None and lead.base >= NEARLY_ALL:
+        why = f"{words.capital(_before(record))} is right on {lead.shown(lead.base)}: there was little to gain. {why}"
+    return {"do": "Do not use it: keep what you had.", "why": why}
 
 
 def _strength(record: Record) -> Step:
@@ -52,7 +62,8 @@ def _strength(record: Record) -> Step:
     strength = best.get("strength")
     if not words.is_number(strength) or not 0 < strength < 1 or not best.get("command"):
         return {}
-    entry = next((e for e in map(mapping, sequence(found.get("sweep"))) if e.get("strength") == strength), {})
+    sweep = {e.get("strength"): e for e in map(mapping, sequence(found.get("sweep")))}
+    entry = sweep.get(strength, {})
     kept = mapping(entry.get("kept"))
     twin = {"proportion": mapping(found.get("metric")).get("proportion", False)}
     task = Measure.read({**twin, **mapping(entry.get("against_full"))}, record.margin)
@@ -61,10 +72,20 @@ def _strength(record: Record) -> Step:
     why = (
         f"Against full strength, so turned that + is better: {name} {rest.shown_difference} "
         f"({words.plural(rest.n, 'row')}, 95% interval {rest.interval}), your task {task.shown_difference} "
-        f"({words.plural(task.n, 'row')}, {task.interval}). This writes that model:"
+        f"({words.plural(task.n, 'row')}, {task.interval}).{_standing(name, sweep, strength)} This writes that model:"
     )
     do = f"{'If you take this trade, take' if _is(record, 'trade') else 'Use'} it at {_percent(strength)} strength."
     return {"do": do, "why": why, "command": str(best["command"])}
+
+
+def _standing(name: str, sweep: dict[Any, dict[str, Any]], strength: float) -> str:
+    """What the kept skills come to: at this strength, at full strength, and in the base, which is strength 0."""
+    kept = [mapping(sweep.get(s, {}).get("kept")) for s in (strength, 1, 0)]
+    values = [k.get("value") for k in kept]
+    if not all(map(words.is_number, values)):
+        return ""
+    here, full, base = (words.share(v) if kept[0].get("proportion") else words.number(v) for v in values)
+    return f" {words.capital(name)} then stand at {here} (full strength {full}, base {base})."
 
 
 def _trade(record: Record) -> Step:
@@ -77,11 +98,12 @@ def _trade(record: Record) -> Step:
 def _cannot_tell(record: Record) -> Step:
     if not _is(record, "can't tell"):
         return {}
-    why = "This test is too small for a change of this size. Add held-out rows, as many as are named above, and "
-    return {
-        "do": "Keep the base for now.",
-        "why": f"{why}run `tunewright evaluate` on them; no new training is needed.",
-    }
+    why = (
+        "Either it needs a better training (look at the rows, the learning rate, another method), or the change is "
+        "real and too small for this test: then more held-out rows, about as many as are named above, and "
+        "`tunewright evaluate` on them can show it."
+    )
+    return {"do": f"Do not use it yet: nothing shows that it beats {_before(record)}.", "why": why}
 
 
 def _no_change(record: Record) -> Step:
@@ -169,23 +191,29 @@ def _messy(record: Record) -> str:
     m = Measure.read({**way, **gain, "n": found.get("n")}, record.margin)
     if m.finding != "worse":
         return ""
-    return f"In the messiest input it falls behind the base ({m.shown_difference}, 95% interval {m.interval})."
+    return (
+        f"With {words.plural(m.n, 'row')} made messy on purpose, as much as our edits go, it falls behind the base "
+        f"({m.shown_difference}, 95% interval {m.interval})."
+    )
 
 
 def _confidence(record: Record) -> str:
     found, _ = record.gauge("calibration")
     tuned = mapping(found.get("tuned"))
-    if not words.is_number(tuned.get("ece")) or tuned.get("calibrated") is not False:
+    if not words.is_number(tuned.get("ece")) or tuned.get("calibrated") is not False or _is(record, "worse"):
         return ""
     way = mapping(found.get("too_sure")).get("tuned")
     said = "too sure" if words.is_number(way) and way > 0 else "not sure enough"
     heat = mapping(mapping(found.get("temperature")).get("tuned"))
     value = heat.get("value")
     mends = words.is_number(value) and words.is_number(heat.get("ece")) and heat["ece"] < 0.8 * tuned["ece"]
-    cure = f" Dividing its logits by {words.number(value)} mends part of it." if mends else ""
+    cure = f" A temperature of {words.number(value)} mends part of it." if mends else ""
     off = words.points(tuned["ece"]).lstrip("+")
     chance = words.points(tuned.get("floor_p95")).lstrip("+")
-    return f"Do not trust its confidence as it is: off by {off}, chance alone shows up to {chance}; {said}.{cure}"
+    return (
+        f"Do not trust how sure it says it is: on average {off} away from how often it is right ({said}); chance "
+        f"alone would show up to {chance}.{cure}"
+    )
 
 
 def _percent(strength: float) -> str:

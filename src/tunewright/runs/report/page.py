@@ -154,7 +154,7 @@ def _forest(measures: Sequence[Measure]) -> Markup:
     lead = measures[0]
     message = f"{words.capital(went(lead))}." if len(measures) == 1 else _many(measures)
     way = "" if lead.higher_is_better else " Lower values are better here, so the axis runs from high to low."
-    key = Markup('<p class="key">Dot: difference. Line: 95% interval. Grey band: the {} you said do not matter.{}</p>')
+    key = Markup('<p class="key">Dot: difference. Line: 95% interval. Grey band: {}, too small to matter.{}</p>')
     numbers = charts.table(columns, rows, range(1, 8))
     return charts.figure(message, charts.forest(measures), numbers, key.format(margin_said(lead), way))
 
