@@ -101,7 +101,7 @@ def test_what_stands_in_the_way_of_use_is_said_below_the_step(run: Path) -> None
         "on average 8.0 points away from how often it is right (too sure); chance alone would show up to 4.0 points"
         in hints[1]
     )
-    assert "Dividing its logits by 1.53" in hints[1]
+    assert "A temperature of 1.53" in hints[1]
     calm = CALIBRATION | {"tuned": {"ece": 0.03, "floor_p95": 0.04, "calibrated": True}}
     assert next_step(read(gauges(run, calibration=calm, robustness={"not_run": "x"})))["also"] == []
 
