@@ -138,3 +138,24 @@ def test_nothing_measured_is_said_to_be_so(run: Path) -> None:
 def test_a_gauge_of_another_shape_stops_no_page(run: Path, damage: Any) -> None:
     every = ("changed", "groups", "probe", "calibration", "robustness", "divergence")
     assert Page(report(gauges(run, **dict.fromkeys(every, damage)))).faults == []
+
+
+def test_a_group_that_fell_behind_is_said_on_the_first_screen(run: Path) -> None:
+    gap = {
+        "base": 0.01,
+        "tuned": 0.27,
+        "change": 0.26,
+        "ci95": [0.13, 0.31],
+        "chance_p95": {"base": 0.09, "tuned": 0.08},
+    }
+    rows = [{"value": v, "n": 250, "base": 0.45, "tuned": t} for v, t in (("long", 0.85), ("short", 0.58))]
+    column = {"column": "length", "groups": rows, "worst": {"base": "short", "tuned": "short"}, "gap": gap}
+    hints = next_step(read(gauges(run, groups={"proportion": True, "columns": [column]})))["also"]
+    assert hints[0] == (
+        "Uneven: length short stands at 58.0% (250 rows), 27.0 points behind the best group; the base's gap was "
+        "smaller (by 13.0 points to 31.0 points)."
+    )
+    even = column | {"gap": gap | {"ci95": [-0.02, 0.31]}}
+    assert not any("Uneven" in h for h in next_step(read(gauges(run, groups={"columns": [even]})))["also"])
+    small = column | {"gap": gap | {"tuned": 0.07}}
+    assert not any("Uneven" in h for h in next_step(read(gauges(run, groups={"columns": [small]})))["also"])

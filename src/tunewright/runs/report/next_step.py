@@ -183,6 +183,27 @@ CASES: tuple[Callable[[Record], Step], ...] = (
 
 
 # ---------------------------------------------------------------------------- hints
+def _uneven(record: Record) -> str:
+    """A group of rows that fell behind the others, and further than shuffled labels would let it."""
+    found, _ = record.gauge("groups")
+    for column in map(mapping, sequence(found.get("columns"))):
+        gap = mapping(column.get("gap"))
+        size, chance = gap.get("tuned"), mapping(gap.get("chance_p95")).get("tuned")
+        low, high = [*sequence(gap.get("ci95")), 0, 0][:2]
+        if not all(map(words.is_number, (size, chance, low, high))) or size <= chance or low <= 0:
+            continue
+        worst = mapping(column.get("worst")).get("tuned")
+        groups = {str(g.get("value")): g for g in map(mapping, sequence(column.get("groups")))}
+        m = Measure.read({"proportion": found.get("proportion", False), **groups.get(str(worst), {})}, record.margin)
+        unit = words.points if m.in_points else words.change
+        return (
+            f"Uneven: {column.get('column')} {words.short(worst, 40)} stands at {m.shown(m.tuned)} "
+            f"({words.plural(m.n, 'row')}), {unit(size).lstrip('+')} behind the best group; the base's gap was smaller "
+            f"(by {unit(low).lstrip('+')} to {unit(high).lstrip('+')})."
+        )
+    return ""
+
+
 def _messy(record: Record) -> str:
     found, _ = record.gauge("robustness")
     lines = [mapping(line) for line in sequence(found.get("severities"))]
@@ -220,4 +241,4 @@ def _percent(strength: float) -> str:
     return f"{words.number(100 * strength)}%"
 
 
-HINTS: tuple[Callable[[Record], str], ...] = (_messy, _confidence)
+HINTS: tuple[Callable[[Record], str], ...] = (_uneven, _messy, _confidence)
