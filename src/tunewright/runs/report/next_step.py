@@ -188,9 +188,13 @@ def _uneven(record: Record) -> str:
     found, _ = record.gauge("groups")
     for column in map(mapping, sequence(found.get("columns"))):
         gap = mapping(column.get("gap"))
-        size, chance = gap.get("tuned"), mapping(gap.get("chance_p95")).get("tuned")
-        low, high = [*sequence(gap.get("ci95")), 0, 0][:2]
-        if not all(map(words.is_number, (size, chance, low, high))) or size <= chance or low <= 0:
+        chance = mapping(gap.get("chance_p95")).get("tuned")
+        given = [gap.get("tuned"), chance, *sequence(gap.get("ci95"))]
+        numbers = [value for value in given if words.is_number(value)]
+        if len(numbers) < len(given) or len(given) != 4:
+            continue
+        size, chance, low, high = numbers
+        if size <= chance or low <= 0:
             continue
         worst = mapping(column.get("worst")).get("tuned")
         groups = {str(g.get("value")): g for g in map(mapping, sequence(column.get("groups")))}
