@@ -2,7 +2,7 @@
 
     python benchmarks/gallery.py data --shared ../shared      # rows for all recipes, into runs/gallery/data
     python benchmarks/gallery.py run                          # every recipe in docs/gallery; what is done is left out
-    python benchmarks/gallery.py table                        # docs/gallery/README.md and figures.json
+    python benchmarks/gallery.py table                        # docs/gallery/README.md, figures.json, tickets.html
 
 Sentences are SST-2, photographs are ants and bees, plays are Shakespeare; where they come from stands in docs/gallery.
 Knows the command line and the run folder; what a verdict ought to be stands here before it is seen (`EXPECTED`).
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,23 @@ def table() -> None:
     for one in found:
         right = "yes" if one["as_expected"] else "**no**"
         lines.append(f"| [{one['recipe']}]({one['recipe']}.yaml) | {one['done']} | {one['sentence']} | {right} |")
-    page = GALLERY / "README.md"
+    readme = GALLERY / "README.md"
     start, end = "<!-- table -->\n", "<!-- end -->"
-    text = page.read_text() if page.is_file() else f"# Gallery\n\n{start}{end}\n"
+    text = readme.read_text() if readme.is_file() else f"# Gallery\n\n{start}{end}\n"
     before, _, rest = text.partition(start)
-    page.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
+    readme.write_text(before + start + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
     print("\n".join(lines))
+
+
+def page(name: str) -> None:
+    """A run's whole report, with places named from the repository's root: for rows that we wrote ourselves alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / name
+        shutil.copytree(RUNS / name, copy, ignore=shutil.ignore_patterns("checkpoints", "model"))
+        recipe = copy / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace(f"{ROOT}/", ""))
+        subprocess.run([sys.executable, "-m", "tunewright", "report", str(copy)], check=True, capture_output=True)
+        shutil.copy(copy / "report.html", GALLERY / f"{name}.html")
 
 
 def main() -> None:
@@ -174,6 +186,7 @@ def main() -> None:
         run(options.names or list(EXPECTED))
     else:
         table()
+        page("tickets")
 
 
 if __name__ == "__main__":
