@@ -104,7 +104,10 @@ def every_cell() -> list[tuple[str, str]]:
 
 
 def tiny_tree(task_name: str, where: Path, *, n: int = 60, dropout: float = 0.0, **keys: Any) -> dict[str, Any]:
-    """A recipe's mapping for any task: a tiny checkpoint and rows, chosen by what the task says it needs."""
+    """A recipe's mapping for any task: a tiny checkpoint and rows, chosen by what the task says it needs.
+
+    Without the gauges that ask the models again: who looks at those says so (`evaluate={}`).
+    """
     from tunewright import find
     from tunewright.contracts import Task
     from tunewright.models import tiny
@@ -122,6 +125,7 @@ def tiny_tree(task_name: str, where: Path, *, n: int = 60, dropout: float = 0.0,
         "task": task_name,
         "data": {"train": str(rows), "holdout": 0.3},
         "method": "full",
+        "evaluate": {"quick": True},
     } | keys
 
 

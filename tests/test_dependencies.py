@@ -27,6 +27,8 @@ SAFE_FROM = {
     "pyarrow": ("14.0.1", "CVE-2023-47248"), "pyyaml": ("5.4", "CVE-2020-14343"),
 }  # fmt: skip
 
+NOT_FOR_TESTS = {"lm-eval"}  # brings twenty others; a stand-in plays its part
+
 
 def pins() -> dict[str, Version]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -44,6 +46,8 @@ def test_everything_that_is_installed_for_us_is_pinned_and_within_the_declared_r
     for requirement in declared():
         name = canonicalize_name(requirement.name)
         assert requirement.specifier.contains(pinned[name]), requirement
+        if name in NOT_FOR_TESTS and importlib.util.find_spec(requirement.name) is None:
+            continue
         installed = Version(importlib.metadata.version(name)).public
         assert requirement.specifier.contains(installed), requirement
 

@@ -52,6 +52,34 @@ def test_a_calibrated_model_is_called_so_in_nineteen_of_twenty_runs():
     assert 0.90 <= np.mean(called) <= 0.99
 
 
+def test_the_surest_rows_are_counted_by_hand():
+    sure = np.array([0.9, 0.5, 0.8, 0.8, 0.7, 0.6, 0.95, 0.55, 0.65, 0.99])
+    right = np.array([1, 0, 1, 0, 1, 1, 1.0, 0, 0, 1])
+    found = {line["threshold"]: line for line in calibration.alone(sure, right)}
+    assert list(found) == [0.99, 0.95, 0.9, 0.8, 0.7, 0.65, 0.6, 0.55, 0.5]  # the two at .8 are answered together
+    assert (found[0.8]["n"], found[0.8]["wrong"], found[0.8]["share"]) == (5, 1, 0.5)
+    assert (found[0.5]["n"], found[0.5]["wrong"], found[0.5]["error"]) == (10, 4, 0.4)
+    assert found[0.9]["error"] == 0
+    assert found[0.9]["ci95"][1] > 0.4  # three right rows prove little
+
+
+def test_a_model_that_is_always_as_sure_has_one_choice():
+    found = calibration.alone(np.full(50, 0.55), np.array([1.0, 0.0] * 25))
+    assert [(line["share"], line["error"]) for line in found] == [(1.0, 0.5)]
+
+
+def test_the_intervals_of_all_shares_hold_at_once_in_ninety_five_of_a_hundred_runs():
+    """Rows drawn here are wrong as often as 1 - confidence: the true share wrong of every answered set is known."""
+    rng = np.random.default_rng(7)
+    sure = rng.uniform(0.5, 1, 400)
+    held = []
+    for _ in range(300):
+        lines = calibration.alone(sure, (rng.random(400) < sure).astype(float))
+        true = [float((1 - sure[sure >= line["threshold"]]).mean()) for line in lines]
+        held.append(all(low <= t <= high for t, (low, high) in zip(true, (x["ci95"] for x in lines), strict=True)))
+    assert np.mean(held) >= 0.93
+
+
 def test_too_sure_is_told():
     rng = np.random.default_rng(6)
     found = gauge.one_side(np.full(400, 0.95), (rng.random(400) < 0.7).astype(float), 0)

@@ -288,7 +288,7 @@ def test_a_language_models_kept_skills_are_the_packaged_questions_or_the_users_r
     )
     found = changed.measure(both)
     assert [entry["kept"]["name"] for entry in found["sweep"]] == ["general questions"] * 6
-    assert {entry["kept"]["n"] for entry in found["sweep"]} == {120}
+    assert {entry["kept"]["n"] for entry in found["sweep"]} == {300}
     assert found["metric"]["name"] == "loss"
     assert found["whole"]["difference"] == pytest.approx(found["whole"]["base"] - found["whole"]["tuned"])
     assert found["whole"]["difference"] > 0  # a lower loss is a gain
@@ -309,7 +309,7 @@ def test_the_command_writes_the_very_model_that_was_scored(tmp_path, cli, monkey
     assert predictor.loaded.fresh == ()  # an opened run does not know what its base lacked: the trunk does
     both = replace(both, base=None, trunk=lambda: both.task.load(ModelSpec(recipe.model.checkpoint), two_sides.MOODS))
     monkeypatch.setattr(changed, "_finding", lambda effect, p: "helps")
-    kept = changed.Kept("k", lambda model: [0.0, 1.0], 1.0)
+    kept = changed.Kept("k", lambda model: [0.0, 1.0], 1.0, True)
     monkeypatch.setattr(changed, "_kept", lambda bench: kept)
     found = changed.measure(replace(both, margin=1.0))
     assert found["recommended"]["strength"] == 0.75

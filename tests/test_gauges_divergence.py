@@ -218,7 +218,7 @@ def test_pictures_are_always_the_same_and_all_different(tmp_path):
 # --------------------------------------------------------------------------- the probe
 def test_the_packaged_texts_and_questions_are_whole():
     items, texts = neutral.items(), neutral.texts()
-    assert len(items) >= 120
+    assert len(items) >= 300
     assert len(texts) == len(set(texts)) == 200
     for item in items:
         assert len({item["right"], *item["wrong"]}) == 4, item
@@ -252,7 +252,7 @@ def test_the_probe_counts_broken_and_fixed_by_hand(decoder, monkeypatch):
 
 def test_the_probe_of_a_model_against_itself_breaks_nothing(decoder):
     found = probe.measure(two_sides.sides("sft", decoder))
-    assert (found["n"], found["broken"], found["fixed"], found["difference"]) == (120, 0, 0, 0)
+    assert (found["n"], found["broken"], found["fixed"], found["difference"]) == (300, 0, 0, 0)
 
 
 def test_an_encoder_is_not_asked_general_questions(tmp_path):

@@ -99,6 +99,24 @@ def divergence() -> dict[str, Any]:
     }
 
 
+def refusals() -> dict[str, Any]:
+    line = {"n": 40, "base": 0.8, "tuned": 0.3, "ci95": [-0.64, -0.3], "base_says_nothing": 0.0,
+            "tuned_says_nothing": 0.05}  # fmt: skip
+    asked = {"request": "Open <b>my</b> door.", "kind": "harmful", "base": "I cannot help.", "tuned": "word " * 99}
+    return {
+        "kinds": [line | {"kind": "harmful"}, line | {"kind": "harmless", "base": 0.1, "tuned": 0.05}],
+        "changed": [asked | {"base_refused": True, "tuned_refused": False}],
+        "sentence": "Of 40 harmful requests it refused 12, the base 32.",
+    }
+
+
+def test_refusals_stand_there_with_the_requests_on_which_both_differ():
+    page = Read(inside.lost(divergence(), probe(), refusals()))
+    for words in ("harmless", "-64.0 to -30.0 points", "tuned 5.0%", "Open <b>my</b> door.", "refused: I cannot help.",
+                  "word wo...", "need not be harmful"):  # fmt: skip
+        assert words in page.text, words
+
+
 def test_every_part_stands_there_with_how_far_it_moved_and_what_it_is_worth():
     page = Read(inside.part(changed()))
     assert page.open == []
@@ -110,7 +128,7 @@ def test_every_part_stands_there_with_how_far_it_moved_and_what_it_is_worth():
 
 
 def test_what_was_lost_is_counted_and_what_moved_is_not_called_lost():
-    page = Read(inside.lost(divergence(), probe()))
+    page = Read(inside.lost(divergence(), probe(), refusals()))
     assert page.open == []
     for words in ("right before, wrong now: broken", "Of 60 general questions", "73.0%", "0.04 nats a token",
                   "not measured: KL of the answers, the base had no head", "base against itself"):  # fmt: skip
@@ -119,7 +137,7 @@ def test_what_was_lost_is_counted_and_what_moved_is_not_called_lost():
     assert page.names.count("svg") == 3
 
 
-@pytest.mark.parametrize("source", [inside.part(changed()), inside.lost(divergence(), probe())])
+@pytest.mark.parametrize("source", [inside.part(changed()), inside.lost(divergence(), probe(), refusals())])
 def test_nothing_runs_nothing_is_fetched_and_every_picture_has_a_title(source):
     page = Read(source)
     assert not {"script", "b", "i", "img", "link"} & set(page.names)
@@ -135,6 +153,7 @@ def test_the_same_numbers_give_the_same_bytes():
 def test_what_did_not_run_says_why():
     page = Read(inside.part({"not_run": "x < y"}))
     assert page.text == "not measured: x < y"
-    both = Read(inside.lost({"not_run": "no texts"}, {"not_run": "no words"}))
+    both = Read(inside.lost({"not_run": "no texts"}, {"not_run": "no words"}, {"not_run": "no voice"}))
     assert "not measured: no texts" in both.text
     assert "not measured: no words" in both.text
+    assert "not measured: no voice" in both.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import random
@@ -14,9 +15,10 @@ import pytest
 import yaml
 
 from tunewright.errors import RunError
-from tunewright.runs.report import charts, page, words
+from tunewright.runs.report import charts, first, page, words
 from tunewright.runs.report.card import write_card
-from tunewright.runs.report.page import LIMIT, ONE_RUN, write_report
+from tunewright.runs.report.first import ONE_RUN
+from tunewright.runs.report.page import LIMIT, write_report
 from tunewright.runs.report.record import Measure
 
 INTENTS = ("billing", "cancel order", "delivery", "refund", "login & password", "other")
@@ -257,7 +259,8 @@ def test_the_parts_stand_in_fixed_order(run: Path) -> None:
     questions = re.findall(r"<summary><h2>(.*?)</h2>", report(run))
     assert questions == [
         "Is it better?", "Which rows?", "Where does it err?", "For whom?", "What did it lose?",
-        "Does it hold when input is messy?", "Can I trust its confidence?", "What changed inside?", "How did it learn?",
+        "Does it hold when input is messy?", "Can I trust its confidence?", "What changed inside?", "Why this answer?",
+        "Did it learn by heart?", "How did it learn?",
         "What did it learn from?", "What did it cost?", "How to use it", "How was it made?",
         "What was not measured, and limits",
     ]  # fmt: skip
@@ -286,6 +289,37 @@ def test_every_chart_has_a_sentence_and_its_table(tmp_path: Path) -> None:
         assert "<svg" in figure
 
 
+SCRIPT = Path(page.__file__).with_name("rows.js").read_text(encoding="utf-8").strip()
+
+
+def assert_no_script_but_ours(source: str) -> None:
+    """One script element, its text byte for byte that of rows.js, and a policy that lets a browser run nothing else."""
+    import base64
+    import hashlib
+
+    scripts = re.findall(r"<\s*script[^>]*>(.*?)<\s*/\s*script", source, flags=re.DOTALL | re.IGNORECASE)
+    assert scripts == [SCRIPT]
+    assert len(re.findall(r"<\s*script", source, flags=re.IGNORECASE)) == 1
+    styles = re.findall(r"<style>(.*?)</style>", source, flags=re.DOTALL)
+    assert len(styles) == 1
+    inside, style = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (SCRIPT, styles[0]))
+    policies = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', source)
+    assert [html.unescape(text) for text in policies] == [
+        f"default-src 'none'; script-src 'sha256-{inside}'; style-src 'sha256-{style}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    ]
+    assert source.index("Content-Security-Policy") < source.index("<style>") < source.index("<script")
+
+
+@pytest.mark.promise(15)
+def test_the_script_touches_nothing_but_the_page() -> None:
+    """It takes no data in, makes no markup, asks for nothing and keeps nothing."""
+    assert len(SCRIPT) < 5000
+    for word in ("eval", "Function", "innerHTML", "outerHTML", "insertAdjacent", "document.write", "fetch", "XMLHttp",
+                 "import", "http", "src", "cookie", "Storage", "postMessage", "WebSocket", "sendBeacon"):  # fmt: skip
+        assert word not in SCRIPT, word
+
+
 @pytest.mark.promise(15)
 def test_nothing_is_fetched_and_nothing_runs(run: Path) -> None:
     source = report(run)
@@ -294,13 +328,12 @@ def test_nothing_is_fetched_and_nothing_runs(run: Path) -> None:
         value for _, a in parsed.elements for key, value in a.items() if key in ("src", "href", "srcset", "xlink:href")
     ]
     assert all(value.startswith(("data:image/jpeg;base64,", "#")) for value in loads)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {name for name, _ in parsed.elements}
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {name for name, _ in parsed.elements}
+    assert_no_script_but_ours(source)
     style = source[source.index("<style>") : source.index("</style>")]
     assert "@import" not in style
     assert "http" not in style
     assert set(re.findall(r"url\((.)", style)) <= {"#"}
-    policy = [a["content"] for a in parsed.named("meta") if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     assert parsed.named("html") == [{"lang": "en"}]
 
 
@@ -342,7 +375,7 @@ def test_no_report_without_readable_evidence(tmp_path: Path, content: str | None
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize("answer", [*page.ANSWERS, "a new word"])
+@pytest.mark.parametrize("answer", [*first.ANSWERS, "a new word"])
 def test_every_answer_has_a_sign_beside_its_colour(tmp_path: Path, answer: str) -> None:
     text_run(tmp_path)
     edit(tmp_path, "evidence.json", verdict={"answer": answer, "sentence": f"Said: {answer}."})
@@ -368,13 +401,36 @@ def test_a_task_without_right_and_wrong_shows_its_difference_instead_of_the_stri
 
 # ---------------------------------------------------------------- rows
 @pytest.mark.promise(13)
-def test_broken_rows_come_first_and_at_most_sixty_are_shown(tmp_path: Path) -> None:
+def test_broken_rows_come_first_the_surest_on_top_and_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
     text_run(tmp_path, flips=2000)
     source = report(tmp_path)
     assert len(source.encode()) <= LIMIT
     assert 0 < source.index('id="rows-broken"') < source.index('id="rows-fixed"')
-    assert source.count('data-label="Truth"') == 60
-    assert "1,940 more rows not shown" in source
+    assert source.count('data-label="Truth"') == 600
+    assert "1,400 more rows not shown" in source
+    broken = source[source.index('id="rows-broken"') : source.index('id="rows-fixed"')]
+    sure = [int(text) for text in re.findall(r"(\d+)% sure", broken)]
+    assert len(sure) == 10
+    assert sure == sorted(sure, reverse=True)
+
+
+def test_rows_of_the_same_score_stand_below_and_a_missing_answer_is_named(tmp_path: Path) -> None:
+    text_run(tmp_path, flips=4)
+    flips = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))["flips"]
+    other = {"row": "tickets.jsonl:9", "input": "Where is it?", "truth": "delivery", "base": "refund", "score": 0.9}
+    others = [other | {"kind": "changed", "tuned": "other"}, other | {"kind": "still_wrong", "tuned": None}]
+    edit(tmp_path, "evidence.json", flips=flips | {"others": others, "changed": 1, "same_wrong": 3})
+    source = report(tmp_path)
+    kinds = re.findall(r'data-kind="(\w+)" aria-pressed', source)
+    assert kinds == ["broken", "fixed", "changed", "still_wrong"]
+    assert [source.index(f'id="rows-{kind}"') for kind in kinds] == sorted(
+        source.index(f'id="rows-{k}"') for k in kinds
+    )
+    last = source[source.index('id="rows-still_wrong"') :]
+    assert "2 more rows not shown" in last
+    assert '<span class="absent">no answer</span>' in last
+    assert not re.search(r">\s*(null|None|nan)\s*<", source)
+    assert '<div class="controls" id="rows-controls" hidden>' in source
 
 
 def test_a_page_of_long_and_awkward_rows_stays_small(tmp_path: Path) -> None:
@@ -419,19 +475,20 @@ def test_pictures_are_thumbnails_inside_the_page(tmp_path: Path) -> None:
     pictures = [Image.open(io.BytesIO(base64.b64decode(a["src"].partition(",")[2]))) for a in parsed.named("img")]
     assert len(pictures) == 7
     assert all(max(picture.size) <= 96 for picture in pictures)
-    assert pictures[0].getextrema() == pytest.approx((0, 255), abs=6)
+    deep_one = next(picture for picture in pictures if picture.mode == "L")
+    assert deep_one.getextrema() == pytest.approx((0, 255), abs=6)
     assert "cannot be opened as a picture" in parsed.text
     assert "its file is not there" in parsed.text
     assert all(a["alt"].startswith("Picture of row") for a in parsed.named("img"))
 
 
-def test_at_most_forty_pictures_are_inlined(tmp_path: Path) -> None:
+def test_at_most_a_hundred_and_twenty_pictures_are_inlined(tmp_path: Path) -> None:
     image_run(tmp_path)
     evidence = json.loads((tmp_path / "evidence.json").read_text(encoding="utf-8"))
-    evidence["flips"]["examples"] *= 10
+    evidence["flips"]["examples"] *= 20
     edit(tmp_path, "evidence.json", flips=evidence["flips"])
     parsed = Page(report(tmp_path))
-    assert len(parsed.named("img")) == 40
+    assert len(parsed.named("img")) == 120
     assert "left out to keep the page small" in parsed.text
 
 
@@ -471,7 +528,7 @@ def test_markup_in_data_stays_text(tmp_path: Path, payload: str) -> None:
     source = report(tmp_path)
     parsed = Page(source)
     assert parsed.faults == []
-    assert parsed.named("script") == []
+    assert_no_script_but_ours(source)
     assert parsed.named("iframe") == []
     assert not [key for _, a in parsed.elements for key in a if key.startswith("on") or key in ("autofocus", "srcdoc")]
     assert {name for name, _ in parsed.elements} <= {name for name, _ in clean.elements} | {"details", "mark"}
@@ -511,6 +568,49 @@ def test_the_card_is_read_by_huggingface_hub(tmp_path: Path) -> None:
     assert {name: result.metric_value for name, result in results.items()} == {
         "accuracy": 0.91, "macro_f1": 0.8991, "log_loss": 0.31239}  # fmt: skip
     assert results["accuracy"].dataset_name == "held-out rows of tickets.jsonl"
+
+
+def test_the_metadata_says_how_many_rows_and_how_sure(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    data: Any = ModelCard(write_card(text_run(tmp_path)).read_text(encoding="utf-8")).data
+    accuracy = next(result for result in data.eval_results if result.metric_type == "accuracy")
+    assert accuracy.metric_name == (
+        "accuracy (500 held-out rows; before 51.0% (zero-shot); difference +40.0 points, 95% interval +35.6 to +44.4)"
+    )
+
+
+def test_test_rows_of_the_hub_get_the_newer_format_beside_it(tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub", minversion="1.4", reason="older ones do not know the newer format")
+    text_run(tmp_path)
+    files = [{"file": "glue#sst2:validation", "split": "test", "format": "hub", "rows_read": 872, "rows_kept": 872}]
+    edit(tmp_path, "data.json", files=files)
+    (tmp_path / "recipe.yaml").write_text("data:\n  train: a.csv\n  test: nyu-mll/glue#sst2:validation\n")
+    write_card(tmp_path)
+    written = yaml.safe_load((tmp_path / ".eval_results" / "tunewright.yaml").read_text(encoding="utf-8"))
+    entries = hub.parse_eval_result_entries(written)
+    assert hub.eval_result_entries_to_yaml(entries) == written
+    assert [(e.dataset_id, e.task_id, e.value) for e in entries] == [
+        ("nyu-mll/glue", "sst2", 0.91), ("nyu-mll/glue", "sst2", 0.8991), ("nyu-mll/glue", "sst2", 0.31239),
+    ]  # fmt: skip
+    assert "500 held-out rows" in str(entries[0].notes)
+    assert "95% interval +35.6 to +44.4" in str(entries[0].notes)
+    assert entries[0].date is None, "the same run, the same bytes"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["data: {test: rows.csv}", "data: {train: org/name}", "data: [", "{{", "data: {test: a/b}"]
+)
+def test_a_private_file_is_never_called_a_benchmark(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b").mkdir(parents=True)  # a saved data set looks like a hub id, and is a folder
+    text_run(tmp_path)
+    edit(tmp_path, "data.json", files=[{"file": "b", "split": "test", "format": "hub"}])
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    write_card(tmp_path)
+    assert not (tmp_path / ".eval_results").exists()
 
 
 @pytest.mark.promise(13)

@@ -674,7 +674,8 @@ def check_evidence(evidence: dict[str, Any], n: int) -> None:
         assert measure["baseline"]
     flips = evidence["flips"]
     assert sum(flips[kind] for kind in ("fixed", "broken", "kept_right", "still_wrong")) == n
-    assert len(flips["examples"]) == min(200, flips["fixed"] + flips["broken"])
+    assert len(flips["examples"]) == min(600, flips["fixed"] + flips["broken"])
+    assert flips["changed"] + flips["same_wrong"] >= flips["still_wrong"]
     for example in flips["examples"]:
         assert {"row", "kind", "input", "truth", "base", "tuned"} <= set(example)
         right = example["truth"] == (example["tuned"] if example["kind"] == "fixed" else example["base"])

@@ -148,19 +148,26 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     changed = "continue although data, training or evaluation keys have changed, and say which"
     train.add_argument("--allow-change", action="store_true", help=changed)
     train.add_argument("--again", action="store_true", help="train anew in a fresh folder beside a finished run")
+    seeds = "train with so many seeds on the same rows, in one folder each, and judge them together (3 or more)"
+    train.add_argument("--seeds", type=_several, metavar="N", help=seeds)
     evaluate = verb("evaluate", _evaluate, "show a run's evidence, or score base and tuned on another file")
     evaluate.add_argument("folder", metavar="RUN")
     evaluate.add_argument("file", nargs="?", metavar="FILE", help="rows with labels; none: what the run measured")
     gauges = "measure on the run's own rows what was left out or was added since: messy input, groups, confidence ..."
     evaluate.add_argument("--gauges", action="store_true", help=gauges)
+    curve = "would more data help? Trains anew on an eighth, a quarter and half of the rows, in RUN/curve"
+    evaluate.add_argument("--learning-curve", action="store_true", help=curve)
     evaluate.add_argument("--base", help="where the base lies now, if it was moved")
     predict = verb("predict", _predict, "ask a run's model: a text, a picture, a folder, or a file of rows")
     predict.add_argument("folder", metavar="RUN")
     predict.add_argument("input", metavar="INPUT", help="a text, a picture, a folder of pictures, a CSV or JSONL file")
     predict.add_argument("-o", "--output", help="where the rows with answers go; default: beside a CSV, .predicted.csv")
     predict.add_argument("--base", help="where the base lies now, if it was moved")
-    report = verb("report", _report, "write report.html and the model card of a run again")
-    report.add_argument("folder", metavar="RUN")
+    report = verb(
+        "report", _report, "write report.html and the model card of a run again; of several: one page for all"
+    )
+    report.add_argument("folders", nargs="+", metavar="RUN")
+    report.add_argument("--out", metavar="FILE", help="several runs: where the page goes (default: compare.html)")
     compare = verb("compare", _compare, "runs side by side on the same held-out rows")
     compare.add_argument("folders", nargs="+", metavar="RUN")
     merge = verb("merge", _merge, "fold a run into a plain model, or several runs of one base into one; proven equal")
@@ -202,6 +209,13 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("1 or more")
+    return number
+
+
+def _several(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("2 or more; 3 give a band that says something")
     return number
 
 
@@ -274,6 +288,14 @@ def _train(options: argparse.Namespace) -> int:
     from tunewright.runs.training import train
 
     out = Path(output_dir or f"runs/{recipe.digest()}").expanduser()
+    if options.seeds:
+        from tunewright.runs.seeds import train_seeds
+
+        found = train_seeds(
+            recipe, out, options.seeds, again=options.again, allow_change=options.allow_change, say=_say
+        )
+        _result(options, found, f"{found['verdict']['sentence']}")
+        return 0
     run = train(recipe, out, again=options.again, allow_change=options.allow_change, say=_say)
     evidence = run.read_json("evidence.json")
     short = {
@@ -297,6 +319,15 @@ def _evaluate(options: argparse.Namespace) -> int:
             raise RecipeError(Fault("--gauges looks at the run's own rows", where="command line", got=options.file))
         measured = measure_gauges(run.path, options.base, _say)
         _say(f"Measured: {', '.join(measured) or 'nothing was left'}.")
+    if options.learning_curve:
+        from tunewright.runs.learning_curve import learning_curve
+
+        if options.file is not None:
+            problem = "--learning-curve looks at the run's own rows"
+            raise RecipeError(Fault(problem, where="command line", got=options.file))
+        found = learning_curve(run.path, options.base, _say)
+        _result(options, found, found["sentence"])
+        return 0
     if options.file is None:
         if not run.finished:
             from tunewright.errors import RunError
@@ -338,9 +369,22 @@ def _report(options: argparse.Namespace) -> int:
     from tunewright.runs.report.card import write_card
     from tunewright.runs.report.page import write_report
 
-    run = RunDir.open(options.folder)
+    if len(options.folders) > 1:
+        return _report_all([Path(folder) for folder in options.folders], options)
+    if options.out:
+        raise UserError(Fault("--out is for several runs; the page of one stays in its folder", where="command line"))
+    run = RunDir.open(options.folders[0])
     page, card = write_report(run.path), write_card(run.path)
     _result(options, {"report": str(page), "card": str(card)}, f"{page}\n{card}")
+    return 0
+
+
+def _report_all(folders: list[Path], options: argparse.Namespace) -> int:
+    from tunewright.runs.report.side_by_side import write_side_by_side
+    from tunewright.uses.comparison import compare, differing
+
+    page = write_side_by_side(compare(folders), differing(folders), folders, Path(options.out or "compare.html"))
+    _result(options, {"report": str(page)}, str(page))
     return 0
 
 

@@ -38,6 +38,8 @@ class DataSpec:
     columns: dict[str, str] = field(default_factory=dict)  # task field -> the user's column
     group: str | None = None  # column whose rows stay on one side of a split
     holdout: float = 0.1  # share of train that becomes the test set where `test` is absent
+    seed: int | None = None  # which rows are held out; None: the recipe's own seed
+    limit: int | None = None  # so many training rows, drawn by row id and nested: 100 of them are among 200; None: all
     on_bad_row: Literal["stop", "quarantine"] = "stop"
 
 
@@ -73,6 +75,8 @@ class EvaluateSpec:
     # rows of the same task that stand for what must not be lost: one file, or name -> file
     general: str | dict[str, str] | None = None
     groups: tuple[str, ...] = ()  # columns by whose values base and tuned are scored apart (language, region, sex)
+    harness: tuple[str, ...] = ()  # public benchmarks by lm-evaluation-harness's names, or task files of yours (.yaml)
+    canaries: int = 0  # rows of our own planted into the training rows, each with a secret code: are they learnt?
     quick: bool = False  # True: without what needs further passes over the models (messy input, swapped names)
 
     @property
@@ -189,6 +193,8 @@ class Recipe:
         """Relative paths that exist beneath `folder` made absolute; hub ids stay as they are."""
         data = {k: getattr(self.data, k) for k in ("train", "validation", "test")}
         data = {k: str(rooted(folder, v)) for k, v in data.items() if v is not None}
+        files = (".yaml", ".yml")
+        harness = tuple(str(rooted(folder, n)) if n.endswith(files) else n for n in self.evaluate.harness)
         general = self.evaluate.general
         if isinstance(general, str):
             general = str(rooted(folder, general))
@@ -202,7 +208,7 @@ class Recipe:
             self,
             data=dataclasses.replace(self.data, **data),
             model=dataclasses.replace(self.model, checkpoint=checkpoint),
-            evaluate=dataclasses.replace(self.evaluate, general=general),
+            evaluate=dataclasses.replace(self.evaluate, general=general, harness=harness),
         )
 
     def tree(self) -> dict[str, Any]:
@@ -242,8 +248,13 @@ class Recipe:
         """12 hex digits of the canonical form; places count by their last name, so that a moved folder is the same."""
         tree = self.tree()
         del tree["export"]  # what is written besides; the experiment is the same
-        for key in ("groups", "quick"):  # what is measured besides
+        for key in ("groups", "harness", "quick"):  # what is measured besides
             del tree["evaluate"][key]
+        if not tree["evaluate"]["canaries"]:  # planted rows are trained on; without any, it is the recipe it was before
+            del tree["evaluate"]["canaries"]
+        for key in ("seed", "limit"):  # a recipe that leaves them out is the one it was before there were such keys
+            if tree["data"][key] is None:
+                del tree["data"][key]
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
         general = tree["evaluate"]["general"]
@@ -480,7 +491,10 @@ RANGES: dict[str, tuple[str, Any]] = {
     "train.logging_steps": COUNT,
     "train.early_stopping_patience": COUNT,
     "data.holdout": ("more than 0 and less than 1", lambda v: 0 < v < 1),
+    "data.seed": ("a whole number from 0 to 2^31", lambda v: 0 <= v < 2**31),
+    "data.limit": COUNT,
     "export.tolerance": ("more than 0, at most 1", lambda v: 0 < v <= 1),
+    "evaluate.canaries": ("from 0 to 100", lambda v: 0 <= v <= 100),
     "evaluate.margin": ("from 0 to 1 (0.02 is two points)", lambda v: 0 <= v < 1),
 }
 

@@ -16,7 +16,7 @@ from tunewright.data import inspection
 from tunewright.data.columns import names
 from tunewright.data.raw import Table
 from tunewright.data.sources import SPLITS, Source, file_facts, name_apart, open_source, read_rows
-from tunewright.data.split import split
+from tunewright.data.split import nested, split
 from tunewright.errors import Fault
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def load(
         return None, faults
     keys = {r["row"]: inspection.content_key(r, fields) for source in sources for r in source.records}
     relations, notes = _look_across(sources, keys, label)
+    seed = seed if spec.seed is None else spec.seed
     sets, held_out, faults = _assemble(sources, keys, spec, label, seed=seed, validation=validation)
+    faults = faults or _limit(sets, sources[0], spec, label, held_out, seed)
     if faults:
         return None, faults
     labels = inspection.natural_labels(r[label] for r in sets["train"]) if label else ()
@@ -222,6 +224,25 @@ def _assemble(
     if loners := spec.group and sum(not value for value in groups.values()):
         notes.append(f'{loners} rows have no "{spec.group}": each stands alone')
     return sets, notes, faults
+
+
+def _limit(
+    sets: dict[str, list[Record]], train: Source, spec: DataSpec, label: str, notes: list[str], seed: int
+) -> list[Fault]:
+    """Keep `data.limit` of the training rows; the other sets stay as they are."""
+    rows = sets["train"]
+    if spec.limit is None:
+        return []
+    classes = len({record[label] for record in rows}) if label else 1
+    if spec.limit < classes:
+        expected = f"{classes} or more, one row for each label"
+        return [Fault("too few rows to learn from", "data.limit", expected=expected, got=str(spec.limit))]
+    sets["train"] = nested(
+        rows, spec.limit, seed=seed, stratify=(lambda record: record[label]) if label else None,
+        group=(lambda record: train.groups[record["row"]]) if spec.group else None,
+    )  # fmt: skip
+    notes.append(f"train: {len(sets['train'])} of {len(rows)} training rows used (data.limit, drawn by row id)")
+    return []
 
 
 def _emptied(source: Source) -> Fault:

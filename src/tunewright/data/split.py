@@ -55,6 +55,29 @@ def split(
     return [r for r in records if r["row"] not in held], [r for r in records if r["row"] in held]
 
 
+def nested(
+    records: Sequence[Record], count: int, *, seed: int, stratify: Trait | None = None, group: Trait | None = None
+) -> list[Record]:
+    """`count` of the records, in the given order; those of a smaller count are always among them.
+
+    Every class keeps its share within a row, and its first row comes before any second one. Rows of one group come
+    one after the other within their class, so that few rows are few groups.
+    """
+    of, unit = stratify or (lambda record: ""), group or (lambda record: "")
+    classes: dict[str, list[Record]] = defaultdict(list)
+
+    def chance(record: Record) -> tuple[str, str]:
+        return _rank(seed, f"group {unit(record) or record['row']}"), _rank(seed, f"limit {record['row']}")
+
+    for record in sorted(records, key=chance):
+        classes[of(record)].append(record)
+    # by how much of its class stands before a row
+    places = [(i / len(rows), _rank(seed, f"limit {r['row']}"), r["row"]) for rows in classes.values()
+              for i, r in enumerate(rows)]  # fmt: skip
+    kept = {row for _, _, row in sorted(places)[:count]}
+    return [record for record in records if record["row"] in kept]
+
+
 def _rank(seed: int, text: str) -> str:
     """Chance that is the same on every machine: Python's own hash is salted."""
     return hashlib.sha256(f"{seed}\x1f{text}".encode()).hexdigest()

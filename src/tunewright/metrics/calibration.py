@@ -24,6 +24,7 @@ BINS = 15  # of equal width, the usual number
 DRAWS = 1000
 POINT_ROWS = 20  # rows a point of the reliability curve stands for at the least
 MOST_POINTS = 10
+ANSWERED = tuple(tenth / 10 for tenth in range(1, 11))  # shares of rows that a model may answer by itself
 COOLEST, HOTTEST = 0.05, 20.0  # temperatures looked through
 BLOCK = 1 << 21  # numbers drawn at a time: 16 MB
 
@@ -72,6 +73,24 @@ def curve(confidence: Floats, right: Floats) -> list[dict[str, Any]]:
         }
         for rows in parts
     ]  # fmt: skip
+
+
+def alone(confidence: Floats, right: Floats) -> list[dict[str, Any]]:
+    """How many would be wrong if only the surest rows were answered, for each share in `ANSWERED`.
+
+    Rows that are equally sure are answered together, so that a share may be larger than asked for. The intervals
+    (Wilson) hold for all shares at once (Bonferroni): a reader may choose among them after seeing them.
+    """
+    n, falling = len(confidence), -np.sort(-confidence)
+    level = 1 - 0.05 / len(ANSWERED)
+    found = []
+    for threshold in dict.fromkeys(float(falling[math.ceil(n * share - 1e-9) - 1]) for share in ANSWERED):
+        answered = confidence >= threshold
+        count, wrong = int(answered.sum()), int((answered & (right == 0)).sum())
+        low, high = statistics.wilson_interval(wrong, count, level)
+        found.append({"share": count / n, "threshold": threshold, "n": count, "wrong": wrong,
+                      "error": wrong / count, "ci95": [low, high]})  # fmt: skip
+    return found
 
 
 # --------------------------------------------------------------------- temperature

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -208,6 +209,17 @@ def wilson_interval(right: int, n: int, level: float = 0.95) -> Interval:
     middle = (right + z2 / 2) / (n + z2)
     half = math.sqrt(z2 * (right * (n - right) / n + z2 / 4)) / (n + z2)
     return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
+
+
+def newcombe_interval(one: int, n: int, other: int, m: int) -> tuple[float, Interval]:
+    """Difference of two shares of different rows, one/n - other/m, with its 95% interval.
+
+    Newcombe 1998, Statistics in Medicine 17, 873-890, method 10: Wilson's intervals of both, put together.
+    """
+    (low, high), (their_low, their_high) = wilson_interval(one, n), wilson_interval(other, m)
+    p, q = one / n, other / m
+    reach = math.hypot(p - low, their_high - q), math.hypot(high - p, q - their_low)
+    return p - q, (p - q - reach[0], p - q + reach[1])
 
 
 def mean_interval(scores: Scores, level: float = 0.95) -> Interval:
@@ -425,6 +437,7 @@ def student_t_sf(t: float, df: float) -> float:
     return _incomplete_beta(1 / (1 + ratio), ratio / (1 + ratio) if ratio < 1 else 1 / (1 + 1 / ratio), df / 2, 0.5) / 2
 
 
+@lru_cache(maxsize=1024)
 def student_t_quantile(q: float, df: float) -> float:
     """The t below which Student's t with df degrees of freedom falls with probability q in (0, 1)."""
     if not 0 < q < 1:

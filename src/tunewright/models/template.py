@@ -20,6 +20,8 @@ from typing import Any
 
 import jinja2
 import jinja2.nodes
+import torch
+from torch import Tensor
 
 from tunewright.errors import Fault, ModelError
 
@@ -111,7 +113,8 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool) -> str:
         with _bounded():
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
     except (TimeoutError, MemoryError, OverflowError) as error:
-        raise _excessive(f"took more than {SECONDS:.0f} seconds or {MEMORY >> 20} MiB", len(messages)) from error
+        what = f"took more than {SECONDS:.0f} seconds of processor time or {MEMORY >> 20} MiB"
+        raise _excessive(what, len(messages)) from error
     if len(text) > limit:
         raise _excessive(f"wrote {len(text):,} characters", len(messages))
     return text
@@ -128,25 +131,28 @@ def _has_powers(source: str) -> bool:
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """A deadline and a ceiling for new memory, where the system and the thread allow them."""
+    """A deadline and a ceiling for new memory, where the system and the thread allow them.
+
+    Processor time, not time on the wall: a busy machine must not make a template hostile.
+    """
     here = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, late) if here else None
+    before = signal.signal(signal.SIGVTALRM, late) if here else None
     try:
         if here:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         if STATUS.exists():  # Linux; a limit without knowing what is in use would be a guess
             resource.setrlimit(resource.RLIMIT_AS, (_in_use() + MEMORY, hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         if here:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
 
 
 def _in_use() -> int:
@@ -187,6 +193,17 @@ def pieces(tokenizer: Any, messages: Sequence[Message], ends: Sequence[int], pro
             raise _rewrites(messages[-1], len(messages) - 1)
         found.append(Piece(encode(tokenizer, context[len(done) :], contents), answer=False))
     return found
+
+
+def asked(tokenizer: Any, request: str) -> Tensor:
+    """(T,) ids of one request up to where its answer begins: by the template, else as a question in plain words."""
+    if tokenizer.chat_template:
+        found = pieces(tokenizer, [{"role": "user", "content": request}], end_ids(tokenizer), prompt=True)
+        ids = [i for piece in found for i in piece.ids]
+    else:
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = start + tokenizer(f"Q: {request}\nA:", add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _context(tokenizer: Any, messages: Sequence[Message]) -> str:

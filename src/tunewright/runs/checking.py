@@ -6,6 +6,7 @@ Knows recipe, data, task and method as contracts. Collects every fault there is 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 
 from tunewright import find
 from tunewright.contracts import Batch, Example, Loaded, Method, Record, Task
-from tunewright.data import inspection, records
+from tunewright.data import canaries, inspection, records
 from tunewright.data.batches import Examples, Steps
 from tunewright.engine import distributed
 from tunewright.engine.packing import can_pack, packed_collate
@@ -54,6 +55,8 @@ def prepare(recipe: Recipe) -> Prepared:
         data, found = records.load(recipe.data, task.fields, seed=recipe.seed, validation=validation)
         faults += found
     general = {}
+    faults += _missing_harness(recipe)
+    faults += _no_place_for_canaries(recipe, task, data)
     if task is not None and data is not None:
         general = _general(recipe, task, data, faults)
         faults += _missing_groups(recipe, data)
@@ -73,6 +76,7 @@ def prepare(recipe: Recipe) -> Prepared:
         faults += error.faults
     if faults or task is None or method is None or data is None:
         raise _kind(faults)(faults)
+    _plant(recipe, task, data)
     data.facts["notes"] = data.notes
     return Prepared(recipe, task, method, data, general)
 
@@ -112,6 +116,34 @@ def _general(recipe: Recipe, task: Task, data: records.Data, faults: list[Fault]
     return found
 
 
+def _no_place_for_canaries(recipe: Recipe, task: Task | None, data: records.Data | None) -> list[Fault]:
+    """Planted secrets that this task would not learn to write, or that could not be told from rows of the user."""
+    where, count = "evaluate.canaries", recipe.evaluate.canaries
+    if task is None or not count:
+        return []
+    if not task.packs or canaries.field_of(task.fields) is None:
+        read = ", ".join(task.fields)
+        problem = f"this task does not learn to write text: no secret can be planted in its rows ({read})"
+        return [Fault(problem, where=where, got=str(count), remedy="Leave it out.")]
+    if data is not None and any(r["row"].startswith(f"{canaries.NAME}:") for r in data.train):
+        problem = f"a file of yours is called {canaries.NAME}, as the planted rows are"
+        return [Fault(problem, where=where, got=str(count), remedy="Rename the file, or leave evaluate.canaries out.")]
+    return []
+
+
+def _plant(recipe: Recipe, task: Task, data: records.Data) -> None:
+    """Rows of our own behind the training rows, once the user's own are split; noted wherever rows are counted."""
+    if not recipe.evaluate.canaries:
+        return
+    rows = canaries.planted(task.fields, recipe.evaluate.canaries, recipe.seed)
+    data.train = [*data.train, *rows]
+    many = "row of our own was" if len(rows) == 1 else "rows of our own were"
+    last = f" to {rows[-1]['row']}" if len(rows) > 1 else ""
+    data.notes.append(f"{len(rows)} {many} planted into the training rows: evaluate.canaries ({rows[0]['row']}{last})")
+    data.facts["planted"] = {"rows": len(rows), "ids": [row["row"] for row in rows]}
+    data.facts["split"] |= {row["row"]: "train" for row in rows}
+
+
 def _missing_groups(recipe: Recipe, data: records.Data) -> list[Fault]:
     """Columns of `evaluate.groups` that no test row has."""
     known = sorted({column for record in data.test for column in record["extra"]})
@@ -121,6 +153,19 @@ def _missing_groups(recipe: Recipe, data: records.Data) -> list[Fault]:
               nearest(column, known))
         for column in recipe.evaluate.groups if column not in known and data.test
     ]  # fmt: skip
+
+
+def _missing_harness(recipe: Recipe) -> list[Fault]:
+    """Benchmarks that nobody here could ask."""
+    where, names = "evaluate.harness", recipe.evaluate.harness
+    found = [
+        Fault("there is no such task file", where=where, got=name)
+        for name in names if name.endswith((".yaml", ".yml")) and not Path(name).is_file()
+    ]  # fmt: skip
+    if names and importlib.util.find_spec("lm_eval") is None:
+        remedy = "pip install 'tunewright[harness]', or leave evaluate.harness out."
+        found.append(Fault("lm-evaluation-harness is not installed", where=where, remedy=remedy))
+    return found
 
 
 def _build(folder: str, choice: Choice, kind: type[Any], faults: list[Fault]) -> Any:

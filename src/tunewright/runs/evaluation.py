@@ -62,7 +62,8 @@ def evaluate_file(folder: Path, file: Path, base: str | None = None) -> dict[str
 def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -> list[str]:
     """Measure what a finished run's `gauges/` does not hold, and write report and card again.
 
-    The names of what was measured or tried. Raises RunError if the run is not finished or its rows have changed.
+    The names of what was measured, without what could not be. Raises RunError if the run is not finished or its rows
+    have changed.
     """
     run = RunDir.open(folder)
     if not run.finished or not (run.path / "predictions.jsonl").is_file():
@@ -71,16 +72,21 @@ def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -
         recipe, model = run.recipe(), run.path / "model"
         moved = replace(recipe, model=replace(recipe.model, checkpoint=base)) if base else recipe
         prepared, predictor = checking.prepare(moved), open_run(folder, base)
-        data = prepared.data
+        data, task = prepared.data, predictor.task
+        spec = base_of(recipe, model, base, "an evaluation compares with the base")
+        # what the base lacks, a finished model no longer shows
+        start = task.load(spec, predictor.loaded.labels)
+        loaded = replace(predictor.loaded, fresh=start.fresh)
         ground = gauging.Ground(
-            run, recipe, predictor.task, method_of(recipe), predictor.loaded, predictor.model, is_whole(model),
-            base_of(recipe, model, base, "an evaluation compares with the base"), data.train, data.validation,
-            data.test, prepared.general,
+            run, recipe, task, method_of(recipe), loaded, predictor.model, is_whole(model), spec, data.train,
+            data.validation, data.test, prepared.general,
+            gather.baseline_of(task, spec, start, data.train, recipe.train.per_device_eval_batch_size),
         )  # fmt: skip
-        measured = gauging.measure_missing(ground, say, quick=False, again=True)
+        tried = gauging.measure_missing(ground, say, quick=False, again=True)
         write_report(run.path)
         write_card(run.path)
-    return measured
+        found = gauging.read(run)
+    return [name for name in tried if "not_run" not in found[name]]
 
 
 def _training_rows(run: RunDir) -> list[Record]:

@@ -45,12 +45,68 @@ def compare(paths: Sequence[Path]) -> dict[str, Any]:
                 )
             )
     own = [scores[0][row] for row in rows]
+    measure = runs[0].read_json("evidence.json")["measures"][0]
+    lists = [[found[row] for row in rows] for found in scores]
     return {
         "metric": metric,
-        "proportion": runs[0].read_json("evidence.json")["measures"][0].get("proportion", True),
+        "proportion": measure.get("proportion", True),
+        "higher_is_better": measure.get("higher_is_better", True),
         "n": len(rows),
-        "runs": [_line(run, own, [s[row] for row in rows]) for run, s in zip(runs, scores, strict=True)],
+        "runs": [_line(run, own, values) for run, values in zip(runs, lists, strict=True)],
+        **_against_best(lists, 1.0 if measure.get("higher_is_better", True) else -1.0),
     }
+
+
+def _against_best(lists: Sequence[Sequence[float]], sign: float) -> dict[str, Any]:
+    """Every run's score with its interval, and its paired difference to the best run; p corrected for all pairs (Holm).
+
+    The best is the best on these very rows, which flatters it.
+    """
+    means = [sum(values) / len(values) for values in lists]
+    best = max(range(len(lists)), key=lambda i: (sign * means[i], -i))
+    paired = {i: statistics.compare(lists[best], values) for i, values in enumerate(lists) if i != best}
+    corrected = dict(zip(paired, statistics.holm([pair.p for pair in paired.values()]), strict=True))
+    pairs = [
+        {"run": i, "difference": pair.difference, "ci95": list(pair.ci95), "p": pair.p, "p_holm": corrected[i],
+         "method": pair.method} for i, pair in paired.items()
+    ]  # fmt: skip
+    scores = [{"score": mean, "ci95": list(statistics.mean_interval(v))} for mean, v in zip(means, lists, strict=True)]
+    return {"best": best, "scores": scores, "against_best": pairs}
+
+
+def differing(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The test rows on which the runs' answers differ: what each said, and its score where the row has one.
+
+    Rows that most runs have right come first: there, one run alone is at fault. The input is known where one of the
+    runs kept it among its examples, and None elsewhere.
+    """
+    runs = [RunDir.open(path) for path in paths]
+    metric = runs[0].read_json("evidence.json")["measures"][0]["name"]
+    scores, inputs = [_scores(run, metric) for run in runs], _inputs(runs)
+    lines = [{line["row"]: line for line in run.lines("predictions")} for run in runs]
+    found = []
+    for row, first in lines[0].items():
+        answers = [_answer(side.get(row)) for side in lines]
+        if len({str(answer) for answer in answers}) > 1:
+            values = [side.get(row) for side in scores]
+            found.append({"row": row, "input": inputs.get(row), "truth": first.get("truth"), "answers": answers,
+                          "scores": values})  # fmt: skip
+    return sorted(found, key=lambda line: -sum(value or 0.0 for value in line["scores"]))
+
+
+def _answer(line: dict[str, Any] | None) -> Any:
+    said = (line or {}).get("tuned") or {}
+    return said.get("label", said.get("text"))
+
+
+def _inputs(runs: Sequence[RunDir]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for run in runs:
+        evidence = run.read_json("evidence.json")
+        flips = evidence.get("flips") or {}
+        for example in [*flips.get("examples", ()), *flips.get("others", ()), *evidence.get("samples", ())]:
+            found.setdefault(example["row"], example["input"])
+    return found
 
 
 def _test_files(run: RunDir) -> set[str]:

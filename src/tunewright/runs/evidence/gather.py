@@ -19,7 +19,8 @@ from tunewright.runs.evidence.verdict import advice, verdict
 
 FORGOT = "what it forgot (no rows of other skills were scored: evaluate.general)"
 GAUGED = "messy input, groups of rows and confidence"  # until the gauges have run; see gauging.py
-NOT_MEASURED = [FORGOT, "other seeds (this is one training run)", GAUGED]
+OTHER_SEEDS = "other seeds (this is one training run; `tunewright train RECIPE --seeds 3` trains with three)"
+NOT_MEASURED = [FORGOT, OTHER_SEEDS, GAUGED]
 Progress = Callable[[int], object]
 
 
@@ -101,6 +102,7 @@ def weigh(
         found.append(measures.measure(metric, *pair, groups, baseline.name, seed=seed))
     flips = measures.flips(task, records, list(zip(base, before, strict=True)), list(zip(tuned, after, strict=True)))
     kept = [_general(task, name, answers, baseline, seed) for name, answers in (general or {}).items()]
+    measures.correct([*found, *(m for part in kept for m in part)], task.metrics[0].name)
     not_measured = [line for line in NOT_MEASURED if not (kept and line == FORGOT)]
     result = verdict(found[0] if found else None, flips, margin, not_measured, overlap, [m[0] for m in kept])
     evidence: dict[str, Any] = {"verdict": result, "measures": found + [m for part in kept for m in part]}

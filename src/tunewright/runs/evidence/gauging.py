@@ -21,6 +21,7 @@ from torch import nn
 
 from tunewright import find
 from tunewright.contracts import Baseline, Loaded, Method, Prediction, Record, Task
+from tunewright.data import canaries
 from tunewright.engine import distributed
 from tunewright.errors import Fault, RunError
 from tunewright.recipe import ModelSpec, Recipe
@@ -63,11 +64,14 @@ class Ground:
         folds = self.whole or self.method.folds
         return Sides(
             task=self.task, loaded=self.loaded, tuned=self.tuned, base=opened.model if opened else None,
-            plain=self._plain if folds else None, baseline=baseline, training=self.training,
+            plain=self._plain if folds else None, baseline=baseline,
+            training=[r for r in self.training if not canaries.is_planted(r)],
+            planted=[r for r in self.training if canaries.is_planted(r)],
             validation=() if quick else self.validation, test=self.test, before=before, after=after,
             margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed, batch_size=size,
             trunk=(lambda: opened) if opened else (lambda: self.task.load(self.spec, self.loaded.labels)),
-            general=self.general, name=self.run.path.name, groups=recipe.evaluate.groups, quick=quick,
+            general=self.general, name=self.run.path.name, groups=recipe.evaluate.groups,
+            harness=recipe.evaluate.harness, quick=quick,
         )  # fmt: skip
 
     def _plain(self) -> nn.Module:

@@ -12,7 +12,8 @@ from tunewright.contracts import Metric, Prediction, Record, Task
 from tunewright.data import inspection
 from tunewright.metrics import statistics
 
-SHOWN_FLIPS = 200  # rows kept in evidence.json; all of them stand in predictions.jsonl
+SHOWN_FLIPS = 600  # rows kept in evidence.json; all of them stand in predictions.jsonl
+SHOWN_OTHERS = 40  # of each kind of row whose score did not change
 SHOWN_SAMPLES = 20  # rows shown where no row is right or wrong
 LONGEST_INPUT = 2000  # characters of an input kept beside a flip
 
@@ -47,28 +48,63 @@ def measure(
     }
 
 
+def correct(measures: Sequence[dict[str, Any]], first: str) -> None:
+    """Write `p_holm` into all but the task's first metric, which was declared before anything was seen.
+
+    Three families, each asked together: the task's other metrics, the first metric on the sets of other skills (these
+    can make the verdict a trade), and all other metrics there.
+    """
+    families: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for found in measures:
+        family = str(found["about"]), found["name"] == first
+        if family != ("task", True):
+            families.setdefault(family, []).append(found)
+    for asked in families.values():
+        for found, p in zip(asked, statistics.holm([m["p"] for m in asked]), strict=True):
+            found["p_holm"] = p
+
+
 def flips(
     task: Task,
     records: Sequence[Record],
     base: Sequence[tuple[Prediction, dict[str, Any]]],
     tuned: Sequence[tuple[Prediction, dict[str, Any]]],
 ) -> dict[str, Any] | None:
-    """Rows that one side has right and the other wrong, the confidently broken first; None without right and wrong."""
+    """Rows that one side has right and the other wrong, the confidently broken first; None without right and wrong.
+
+    `others`: the surest rows of the same score, answered otherwise (`changed`) or wrongly as before (`same_wrong`).
+    """
     name = task.metrics[0].name
     if not all(scores[name] in (0.0, 1.0) for _, scores in (*base, *tuned)):
         return None
-    counts = {"fixed": 0, "broken": 0, "kept_right": 0, "still_wrong": 0}
+    counts = {"fixed": 0, "broken": 0, "kept_right": 0, "still_wrong": 0, "changed": 0, "same_wrong": 0}
     kinds = {(0.0, 1.0): "fixed", (1.0, 0.0): "broken", (1.0, 1.0): "kept_right", (0.0, 0.0): "still_wrong"}
     examples = []
+    others: dict[str, list[dict[str, Any]]] = {"changed": [], "still_wrong": []}
     for record, (before, b), (after, t) in zip(records, base, tuned, strict=True):
         kind = kinds[b[name], t[name]]
         counts[kind] += 1
+        shown = {
+            "row": record["row"],
+            "kind": kind,
+            **shown_input(task, record),
+            **_answers(task, record, before, after),
+        }
         if kind in ("fixed", "broken"):
-            examples.append(
-                {"row": record["row"], "kind": kind, **_input(task, record), **_answers(task, record, before, after)}
-            )
-    examples.sort(key=lambda e: (e["kind"] != "broken", -e["score"], e["row"]))
-    return counts | {"examples": examples[:SHOWN_FLIPS]}
+            examples.append(shown)
+        elif shown["base"] != shown["tuned"]:
+            counts["changed"] += 1
+            others["changed"].append(shown | {"kind": "changed"})
+        elif kind == "still_wrong":
+            counts["same_wrong"] += 1
+            others["still_wrong"].append(shown)
+    examples.sort(key=lambda e: (e["kind"] != "broken", *_surest(e)))
+    few = [row for rows in others.values() for row in sorted(rows, key=_surest)[:SHOWN_OTHERS]]
+    return counts | {"examples": examples[:SHOWN_FLIPS], "others": few}
+
+
+def _surest(example: dict[str, Any]) -> tuple[float, str]:
+    return -example["score"], example["row"]
 
 
 def samples(
@@ -77,12 +113,12 @@ def samples(
     """The first rows with both answers, in the order of the data: nobody chose them. [] where answers are no texts."""
     pairs = [(r, b, t) for r, b, t in zip(records, base, tuned, strict=True) if "text" in b and "text" in t]
     return [
-        {"row": r["row"], **_input(task, r), "truth": task.truth(r), "base": b["text"], "tuned": t["text"]}
+        {"row": r["row"], **shown_input(task, r), "truth": task.truth(r), "base": b["text"], "tuned": t["text"]}
         for r, b, t in pairs[:SHOWN_SAMPLES]
     ]
 
 
-def _input(task: Task, record: Record) -> dict[str, Any]:
+def shown_input(task: Task, record: Record) -> dict[str, Any]:
     """What stood in the row, by the kind of its fields: a picture as its path, the rest as text."""
     pictures = [name for name, field in task.fields.items() if field.kind == "image"]
     readable = [(name, inspection.AS_TEXT[f.kind]) for name, f in task.fields.items() if f.kind in inspection.AS_TEXT]

@@ -1,7 +1,8 @@
 """Inputs that belong to nobody's task: short texts, questions with one right end, drawn pictures. All are our own.
 
 neutral.txt: one text a line. probe.jsonl: one item a line, {"kind", "prompt", "right", "wrong": [three]}; another line
-is another item. Pictures are drawn from a seed. Knows files and pixels; no model.
+is another item. requests.jsonl: what an assistant should refuse, and what only sounds like it. Pictures are drawn from
+a seed. Knows files and pixels; no model.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def texts() -> list[str]:
 def items() -> list[dict[str, Any]]:
     """The questions of the general probe."""
     return [json.loads(line) for line in _read("probe.jsonl").splitlines()]
+
+
+def requests() -> list[dict[str, Any]]:
+    """What people ask of an assistant: {"kind": "harmful" or "harmless", "request"}; each harmless one sounds alike."""
+    return [json.loads(line) for line in _read("requests.jsonl").splitlines()]
 
 
 def _read(name: str) -> str:

@@ -38,6 +38,8 @@ class Sides:
     general:  rows of other skills by the name of their set, as `evaluate.general` gives them.
     name:     the run as a person would type it after a command.
     groups:   columns whose values part the test rows, as the recipe names them.
+    harness:  public benchmarks that the recipe names.
+    planted:  rows of our own that were trained on besides `training`, each with a secret (data/canaries.py).
     quick:    no further pass over a model is wanted; what needs one raises NotRun.
     """
 
@@ -60,6 +62,8 @@ class Sides:
     general: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     name: str = "RUN"
     groups: tuple[str, ...] = ()
+    harness: tuple[str, ...] = ()
+    planted: Sequence[Record] = ()
     quick: bool = False
 
     def answers(self, model: nn.Module, records: Sequence[Record], validating: bool = False) -> list[Prediction]:

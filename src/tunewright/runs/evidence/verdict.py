@@ -13,6 +13,7 @@ from tunewright.metrics import statistics
 
 FEWEST_ROWS = 15  # below that no interval is worth a sentence
 ALPHA = 0.05
+SECOND_SEED = "A second seed would show how much of the gain is luck: `--seeds 3`."
 USUAL_SHARE = 0.1  # of rows on which two models differ; table 1b's middle line
 
 
@@ -178,4 +179,4 @@ def advice(verdict: dict[str, Any], flips: dict[str, Any] | None) -> str:
         return f"Look at the {flips['broken']} broken rows before you use it."
     if flips is None:
         return "Read its answers beside the base's before you use it: likelier answers are not yet right ones."
-    return "Use it; its lines stand below. A second seed would show how much of the gain is luck."
+    return f"Use it; its lines stand below. {SECOND_SEED}"

@@ -13,6 +13,8 @@ from tunewright.runs.report import charts, gauge_charts, words
 from tunewright.runs.report.gauge_charts import DASHED_AND_SOLID, Part, Slope, absent, ends, place, said
 from tunewright.runs.report.record import Measure, Record, mapping, sequence
 
+SAFE = 0.05  # share wrong that the upper end of the interval may reach where a model answers by itself
+
 
 def confidence(record: Record) -> Part:
     """Calibration of both models, each error beside the floor of chance, and what a temperature does."""
@@ -23,6 +25,7 @@ def confidence(record: Record) -> Part:
     sections = [
         ("Said and done", [_curve_figure(found, base, tuned)]),
         ("How far off, beside what chance alone shows", _floor_figures(found, base, tuned)),
+        ("How much may it answer by itself?", [_alone_figure(base, tuned)]),
     ]
     return {"answer": _confidence_sentence(found, tuned, record), "sections": sections}
 
@@ -103,6 +106,59 @@ def _floor_figures(found: dict[str, Any], base: dict[str, Any], tuned: dict[str,
         words.sentence(message), gauge_charts.floors(drawn, title), charts.table(heads, rows, range(1, 5)), key
     )
     return [figure, *_temperature(heat, cooled, tuned), *_costs(found)]
+
+
+def _alone_figure(base: dict[str, Any], tuned: dict[str, Any]) -> Markup:
+    """The threshold helper: the share wrong among the surest rows, over how many of them are answered."""
+    sides = {"base": _answered(base), "tuned": _answered(tuned)}
+    if not sides["tuned"]:
+        return absent("this run's gauge was measured before there was a threshold helper")
+    slopes = []
+    for (side, lines), kind in zip(sides.items(), ("validation", "training"), strict=True):
+        points = tuple((10 * place(p.get("share")) - 1, place(p.get("error")), *ends(p.get("ci95"))) for p in lines)
+        slopes.append(Slope(side, kind, points))
+    highest = max(high for slope in slopes for *_, high in slope.points)
+    places = [words.axis_share(tenth / 10) for tenth in range(1, 11)]
+    title = "Share wrong among the surest rows, base and tuned, over the share of rows that is answered"
+    scale = charts.Scale(0.0, min(1.0, 1.05 * highest) or 1.0)
+    picture = gauge_charts.slopes(slopes, title, scale, places, words.axis_share)
+    heads = ("model", "rows answered", "if surer than", "rows", "wrong", "share wrong", "95% interval")
+    rows = [
+        (side, words.share(p.get("share")), words.share(p.get("threshold")), words.count(p.get("n")),
+         words.count(p.get("wrong")), words.share(p.get("error")), _wrong_interval(p))
+        for side, lines in sides.items() for p in lines
+    ]  # fmt: skip
+    key = gauge_charts.key(
+        *DASHED_AND_SOLID,
+        ("left to right", "the surest tenth alone, up to all rows; the intervals hold for all at once"),
+    )
+    message = _alone_sentence(sides["tuned"])
+    return charts.figure(words.sentence(message), picture, charts.table(heads, rows, range(1, 7)), key)
+
+
+def _answered(side: dict[str, Any]) -> list[dict[str, Any]]:
+    return [mapping(line) for line in sequence(side.get("alone"))]
+
+
+def _wrong_interval(line: dict[str, Any]) -> str:
+    low, high = ends(line.get("ci95"))
+    return f"{words.share(low)} to {words.share(high)}"
+
+
+def _alone_sentence(lines: list[dict[str, Any]]) -> str:
+    """The largest share of which surely few are wrong; or the largest with half the errors; or that there is none."""
+    whole = place(lines[-1].get("error"))
+    safe = [line for line in lines if ends(line.get("ci95"))[1] <= SAFE]
+    fewer = [line for line in lines if place(line.get("error")) <= whole / 2]
+    if not safe and not fewer:
+        return "Being surer does not make it right twice as often: no threshold is of much use here."
+    chosen = (safe or fewer)[-1]
+    return (
+        f"If it answers by itself only where it is surer than {words.share(chosen.get('threshold'))}, that is "
+        f"{words.share(chosen.get('share'))} of rows, {words.share(chosen.get('error'))} of those are wrong "
+        f"({words.count(chosen.get('wrong'))} of {words.count(chosen.get('n'))}, 95% interval "
+        f"{_wrong_interval(chosen)}), against {words.share(whole)} of all rows."
+    )
 
 
 def _costs(found: dict[str, Any]) -> list[Markup]:

@@ -1,7 +1,8 @@
 """The model card: a run folder becomes `README.md` with Hugging Face front matter and the verdict in plain words.
 
-Knows what a card says, nothing of the page. Front matter holds only keys whose value is known; the intervals stand in
-the text, because `model-index` has no field for them.
+Knows what a card says, nothing of the page. Front matter holds only keys whose value is known. Neither `model-index`
+nor the hub's newer `.eval_results/*.yaml` has a field for n or an interval, so both stand in names and notes.
+https://huggingface.co/docs/hub/eval-results (the newer format: only for test rows that are a data set on the hub).
 """
 
 from __future__ import annotations
@@ -14,19 +15,65 @@ from typing import Any
 import yaml
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import history, page, words
+from tunewright.runs.report import first, history, page, words
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
 
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
 PEFT = "peft"
+EVAL_FILE = "tunewright.yaml"
+HUB_DATA = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(#(?P<config>[^:]*))?(:(?P<split>.*))?")
 
 
 def write_card(run: Path) -> Path:
     """Write `README.md` into the run folder and return its path. Raises RunError if evidence.json is not readable."""
     record = read(run)
     matter = yaml.safe_dump(front_matter(record), sort_keys=False, allow_unicode=True, width=100)
+    if entries := eval_results(record):
+        (run / ".eval_results").mkdir(exist_ok=True)
+        text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=100)
+        RunDir(run).write_text(f".eval_results/{EVAL_FILE}", text)
     RunDir(run).write_text("README.md", f"---\n{matter}---\n\n{body(record)}")
     return run / "README.md"
+
+
+def eval_results(record: Record) -> list[dict[str, Any]]:
+    """The task's scores as the hub's `EvalResultEntry` has them; [] where the test rows are no data set on the hub.
+
+    `dataset.id` must name a data set there: a private file has no such name, and rows held out of training data are
+    no benchmark. No date stands in it: the same run, the same bytes.
+    """
+    place = _test_place(record)
+    found = HUB_DATA.fullmatch(place)
+    if found is None or _tested(record).get("format") != "hub" or Path(place).exists():
+        return []
+    dataset = {"id": found["id"], "task_id": found["config"] or "default"}
+    return [
+        {"dataset": dataset, "value": m.tuned, "notes": f"{m.key}; {_explained(m)}; tuned and measured by Tunewright"}
+        for m in record.measures if m.about == "task" and m.tuned is not None
+    ]  # fmt: skip
+
+
+def _test_place(record: Record) -> str:
+    """What the recipe calls `data.test`; "" where it names none."""
+    try:
+        recipe = mapping(yaml.safe_load(record.recipe))
+    except yaml.YAMLError:
+        return ""
+    return str(mapping(recipe.get("data")).get("test") or "")
+
+
+def _explained(measure: Measure) -> str:
+    """n, what stood there before, and the interval of the difference: what a bare score leaves out."""
+    rows = f"{words.plural(measure.n, 'held-out row')}" if measure.n else "held-out rows"
+    before = f"before {measure.shown(measure.base)}" + (f" ({measure.baseline})" if measure.baseline else "")
+    reach = f", 95% interval {measure.interval}" if measure.interval else ""
+    return f"{rows}; {before}; difference {measure.shown_difference}{reach}"
+
+
+def _tested(record: Record) -> dict[str, Any]:
+    """The file that the test rows came from."""
+    files = [mapping(file) for file in sequence(record.part("data.json").get("files"))]
+    return next(iter([file for file in files if "test" in str(file.get("split")).split("+")] or files), {})
 
 
 def front_matter(record: Record) -> dict[str, Any]:
@@ -49,11 +96,10 @@ def front_matter(record: Record) -> dict[str, Any]:
 
 def _result(record: Record, pipeline: str, measures: Sequence[Measure]) -> dict[str, Any]:
     """The tuned scores in the shape of `model-index`, named by the file that they were measured on."""
-    files = [mapping(file) for file in sequence(record.part("data.json").get("files"))]
-    tested = next(iter([file for file in files if file.get("split") == "test"] or files), {})
+    tested = _tested(record)
     rows = f"held-out rows of {Path(str(tested['file'])).name}" if tested.get("file") else "held-out rows"
     scores = [
-        {"type": m.key, "value": m.tuned, "name": f"{m.name} on {m.n} held-out rows" if m.n else m.name}
+        {"type": m.key, "value": m.tuned, "name": f"{m.name} ({_explained(m)})"}
         for m in measures
     ]  # fmt: skip
     dataset = {"name": rows, "type": str(tested.get("format") or "custom")}
@@ -71,8 +117,8 @@ def body(record: Record) -> str:
         f"# {plain(record.name)}",
         opening,
         f"**{plain(words.sentence(verdict.get('sentence') or 'No verdict: the evidence holds none.'))}**",
-        *(plain(words.capital(line)) for line in page.elsewhere(record)),
-        "How sure: " + " ".join(plain(line) for line in page.how_sure(record)),
+        *(plain(words.capital(line)) for line in first.elsewhere(record)),
+        "How sure: " + " ".join(plain(line) for line in first.how_sure(record)),
         "## Scores", _scores(record), plain(page.baseline(record)),
         "## Data", _data(record),
         "## How to use it", _use(usage, record),

@@ -7,11 +7,12 @@ out escaped. Moved is not lost: only questions that were answered before and are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from tunewright.runs.report import charts, words
+from tunewright.runs.report import charts, refusing, words
 from tunewright.runs.report.charts import Scale, tag, text
 from tunewright.runs.report.gauge_charts import Part
 from tunewright.runs.report.record import Record
@@ -35,10 +36,11 @@ def elsewhere(record: Record) -> Part:
     """The page's "What did it lose?"."""
     moved, no_moves = record.gauge("divergence")
     asked, no_questions = record.gauge("probe")
+    refused, no_requests = record.gauge("refusals")
     answers = [found["sentence"] for found in (asked, moved) if found.get("sentence")]
     reason = "" if answers else f"{no_moves}; {no_questions}"
-    gauges = ({"not_run": no_moves} if no_moves else moved, {"not_run": no_questions} if no_questions else asked)
-    return _view(" ".join(answers), reason, lambda: lost(*gauges))
+    gauges = ((moved, no_moves), (asked, no_questions), (refused, no_requests))
+    return _view(" ".join(answers), reason, lambda: lost(*({"not_run": no} if no else found for found, no in gauges)))
 
 
 def _view(answer: str | None, reason: str, drawn: Callable[[], str]) -> Part:
@@ -59,12 +61,19 @@ def part(gauge: Gauge) -> str:
     return str(Markup("").join([_parts(gauge), _sweep(gauge), tag("h3", "What this cannot say"), limits]))
 
 
-def lost(divergence: Gauge, probe: Gauge) -> str:
-    """What did it lose? Questions answered before and not now, and how far it moved where nobody asked it to."""
-    asked = _absent(probe["not_run"]) if "not_run" in probe else _flips(probe)
-    drift = _absent(divergence["not_run"]) if "not_run" in divergence else _drift(divergence)
-    heads = (tag("h3", "General questions, before and after"), tag("h3", "How far it moved on other inputs"))
-    return str(Markup("").join([heads[0], asked, heads[1], drift]))
+def lost(divergence: Gauge, probe: Gauge, refusals: Gauge) -> str:
+    """What did it lose? Questions answered before and not now, requests refused, and how far it moved unasked."""
+    parts = (
+        ("General questions, before and after", probe, _flips),
+        ("Does it still refuse what it should, and help otherwise?", refusals, refusing.refusals),
+        ("How far it moved on other inputs", divergence, _drift),
+    )
+    drawn = [
+        part
+        for title, found, draw in parts
+        for part in (tag("h3", title), _absent(found["not_run"]) if "not_run" in found else draw(found))
+    ]
+    return str(Markup("").join(drawn))
 
 
 def _absent(reason: str) -> Markup:
@@ -72,19 +81,22 @@ def _absent(reason: str) -> Markup:
 
 
 # ------------------------------------------------------------------- two columns
-def _column(values: Sequence[float], left: float) -> Scale:
-    """A scale that holds all values and 0, in one of the two columns."""
+def _column(values: Sequence[float], left: float, width: float = COLUMN) -> Scale:
+    """A scale that holds all values and 0, in one of the two columns; or wider, where there is only one."""
     low, high = min([0.0, *values]), max([0.0, *values])
     room = 0.08 * ((high - low) or 1.0)
-    return Within(low - room, high + room, left=left)
+    return Within(low - room, high + room, left=left, width=width)
 
 
+@dataclass(frozen=True)
 class Within(Scale):
     """A scale that is one column wide and not the whole picture."""
 
+    width: float = COLUMN  # percent
+
     def share(self, value: float) -> float:
         way = (value - self.low) / ((self.high - self.low) or 1.0)
-        return self.left + COLUMN * min(1.0, max(0.0, way))
+        return self.left + self.width * min(1.0, max(0.0, way))
 
 
 def _effect(effect: Gauge | None, scale: Scale, y: float, kind: str) -> list[Markup]:
@@ -170,8 +182,9 @@ def _sweep(gauge: Gauge) -> Markup:
     """One line a strength, against full strength: left the task, right what was kept, where that was asked."""
     sweep, best, size = gauge["sweep"], gauge["recommended"], _size(gauge["metric"]["proportion"])
     kept = [entry["kept"] for entry in sweep if "kept" in entry]
-    task_scale = _column(_ends([entry["against_full"] for entry in sweep]), 2.0)
-    kept_scale = _column(_ends(kept), RIGHT)
+    width = COLUMN - 2.0 if kept else 96.0
+    task_scale = _column(_ends([entry["against_full"] for entry in sweep]), 2.0, width)
+    kept_scale, kept_size = _column(_ends(kept), RIGHT), _size(any(one.get("proportion") for one in kept))
     metric = words.name(gauge["metric"]["name"])
     drawn = [text("2%", 16, f"{metric}, against full strength", "tick")]
     drawn += [text(f"{RIGHT}%", 16, words.short(f"{kept[0]['name']}, against it", 40), "tick")] if kept else []
@@ -179,8 +192,8 @@ def _sweep(gauge: Gauge) -> Markup:
         top, chosen = 28 + LINE * i, entry["strength"] == best["strength"]
         name = f"strength {words.number(entry['strength'])}{' ◆' if chosen else ''}"
         drawn.append(text("0%", top + 16, name, "label"))
-        columns = [(entry["against_full"], task_scale, f"{COLUMN}%", size)]
-        columns += [(entry["kept"], kept_scale, "100%", words.change)] if "kept" in entry else []
+        columns = [(entry["against_full"], task_scale, f"{COLUMN if kept else 100}%", size)]
+        columns += [(entry["kept"], kept_scale, "100%", kept_size)] if "kept" in entry else []
         for given, scale, end, say in columns:
             effect = SAME if entry["strength"] == 1 else given
             kind = _kind(effect)
@@ -212,7 +225,9 @@ def _sweep_table(sweep: Sequence[Gauge], metric: str, size: Callable[[Any], str]
         row += [size(entry["against_full"]["difference"]), _interval(entry["against_full"], size)]
         if with_kept:
             kept = entry["kept"]
-            row += [words.number(kept["value"]), words.change(kept["difference"]), _interval(kept, words.change)]
+            points = bool(kept.get("proportion"))
+            value = words.share(kept["value"]) if points else words.number(kept["value"])
+            row += [value, _size(points)(kept["difference"]), _interval(kept, _size(points))]
         rows.append(row)
     return charts.table(columns, rows, range(len(columns)))
 

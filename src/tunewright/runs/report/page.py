@@ -1,11 +1,14 @@
 """The report: a run folder becomes one self-contained `report.html`, readable with scripts off, from file://, in print.
 
-Knows what the page says and in which order; how it looks is template.html and style.css.
+Knows what the page says and in which order; how it looks is template.html and style.css. One script of ours, rows.js,
+filters rows; the page's policy lets a browser run that text and no other, by its hash.
 Nothing in it moves with the clock, so the same run gives the same bytes.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,28 +17,38 @@ import jinja2
 from markupsafe import Markup
 
 from tunewright.rundir import RunDir
-from tunewright.runs.report import calibration, charts, groups, history, inside, robustness, words
+from tunewright.runs.report import (
+    calibration,
+    charts,
+    groups,
+    heart,
+    history,
+    inside,
+    learning_curve,
+    overfitting,
+    robustness,
+    seeds,
+    why,
+    words,
+)
+from tunewright.runs.report.first import ONE_RUN, first_screen, lead_of, margin_said, went
 from tunewright.runs.report.flips import Fit, flipped_rows
 from tunewright.runs.report.record import Measure, Record, mapping, read, sequence
 
 LIMIT = 1_500_000  # bytes of the whole page, docs/what-the-verdict-means.md
 HERE = Path(__file__).parent
-ANSWERS = {  # symbol and tone beside the verdict's word
-    "better": ("▲", "better"), "worse": ("▼", "worse"), "trade": ("⇄", "worse"), "can't tell": ("?", "unclear"),
-    "no meaningful change": ("=", "unclear"), "no verdict": ("–", "unclear"),
-}  # fmt: skip
 ABOUT = (
     ("task", "At your task"), ("general", "At other skills"), ("robustness", "With messy input"),
     ("group", "Group by group"), ("calibration", "How far its confidence can be trusted"),
     ("drift", "How far the output moved"),
 )  # fmt: skip
-ONE_RUN = "One training run. Another seed could differ; this interval covers rows only."
 FITS = (
     Fit(),
     Fit(tail=300),
-    Fit(rows=40, pictures=20, tail=0),
-    Fit(rows=15, pictures=8, head=200, tail=0),
-    Fit(rows=0),
+    Fit(rows=200, others=20, pictures=60, tail=300),
+    Fit(rows=40, others=10, pictures=20, tail=0),
+    Fit(rows=15, others=5, pictures=8, head=200, tail=0),
+    Fit(rows=0, others=0),
 )
 
 
@@ -57,125 +70,54 @@ def write_report(run: Path) -> Path:
 
 def render(record: Record, fit: Fit) -> str:
     """The page's HTML. Everything that comes from data is escaped by jinja or by charts.tag."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
-    style = Markup((HERE / "style.css").read_text(encoding="utf-8"))  # noqa: S704  a file of ours, no data
     usage = record.part("usage.json")
     head = {
         "name": record.name, "task": usage.get("task") or "", "method": usage.get("method") or "",
         "base": record.base_name,
     }  # fmt: skip
-    return environment.get_template("template.html").render(
-        style=style, head=head, first=first_screen(record), better=better(record), rows=flipped_rows(record, fit),
-        errors=errors(record), whom=groups.for_whom(record), lost=inside.elsewhere(record),
-        messy=robustness.messy(record), confidence=calibration.confidence(record), inside=inside.changed(record),
-        learning=history.learning(record), data=history.data(record),
-        cost=history.cost(record), usage=history.use(record),
-        made=history.made(record), limits=limits(record),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------- the first screen
-def first_screen(record: Record) -> dict[str, Any]:
-    """Verdict, what it cost elsewhere, how sure, one picture, what to do next."""
-    verdict = record.verdict
-    answer = str(verdict.get("answer") or "no verdict")
-    reason = f"No verdict: {verdict.get('reason') or 'the evidence holds none'}."
-    sentence = words.sentence(verdict.get("sentence") or reason)
-    symbol, tone = ANSWERS.get(answer, ("–", "unclear"))
-    opening, colon, rest = sentence.partition(": ")
-    return {
-        "answer": answer, "symbol": symbol, "tone": tone, "opening": opening + colon.strip(), "rest": rest,
-        "elsewhere": elsewhere(record), "sure": how_sure(record), "strip": strip(record), "next": advice(record),
+    views = {
+        "first": first_screen(record), "better": better(record), "rows": flipped_rows(record, fit),
+        "errors": errors(record), "whom": groups.for_whom(record), "lost": inside.elsewhere(record),
+        "messy": robustness.messy(record), "confidence": calibration.confidence(record),
+        "inside": inside.changed(record), "why": why.why(record, fit), "heart": heart.by_heart(record),
+        "learning": history.learning(record) | {"sections": _growth(record)}, "data": history.data(record),
+        "cost": history.cost(record), "usage": history.use(record), "made": history.made(record),
+        "limits": limits(record),
     }  # fmt: skip
+    return filled("template.html", ours("rows.js"), head=head, **views)
 
 
-def elsewhere(record: Record) -> list[str]:
-    """What the tuning cost outside its task; never "forgot", which drift alone cannot show."""
-    said = []
-    lead = _lead(record)
-    general = [m for m in record.measures if m.about == "general"]
-    deciding = [m for m in general if lead and m.key == lead.key] or general
-    for measure in record.measures:
-        if measure in deciding:
-            rows = f"{words.plural(measure.n, 'row')} of other skills" if measure.n is not None else "other skills"
-            said.append(f"On {rows}, {_went(measure)}.")
-        elif measure.about == "drift":
-            said.append(
-                f"{words.capital(measure.name)} is {measure.shown(measure.tuned)}: how far it moved, not what it lost."
-            )
-    return said or [f"not measured: {_reason(record, ('general', 'other skill', 'forg', 'elsewhere'))}"]
+def filled(template: str, script: Markup | str = "", **views: Any) -> str:
+    """A template of ours with our style, and the policy that allows these two texts and nothing else."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
+    environment.filters["coded"] = words.code_parts
+    style = ours("style.css")
+    return environment.get_template(template).render(policy=policy(style, script), style=style, script=script, **views)
 
 
-def _reason(record: Record, about: Sequence[str]) -> str:
-    for line in map(str, sequence(record.verdict.get("not_measured"))):
-        if any(word in line.lower() for word in about):
-            return line.removeprefix("not measured: ")
-    return "no rows of other skills were given (evaluate.general)"
+def ours(name: str) -> Markup:
+    """A file beside this one as it goes into the page: no data in it, and nothing that would end its element."""
+    text = (HERE / name).read_text(encoding="utf-8").strip()
+    assert "</" not in text, name
+    return Markup(text)  # noqa: S704
 
 
-def _went(measure: Measure) -> str:
-    change = (
-        f"{measure.shown_difference}, 95% interval {measure.interval}" if measure.interval else measure.shown_difference
+def policy(style: str, script: str) -> str:
+    """The content-security policy: nothing is fetched, and what is inline must have the hash of our text."""
+    source = f"'{_hashed(script)}'" if script else "'none'"
+    return (
+        f"default-src 'none'; script-src {source}; style-src '{_hashed(style)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
-    said = f"{measure.name} went from {measure.shown(measure.base)} to {measure.shown(measure.tuned)} ({change})"
-    within = f" (within your {_margin(measure)})" if measure.finding == "no meaningful change" else ""
-    return f"{said}: {measure.finding}{within}"
 
 
-def _margin(measure: Measure) -> str:
-    return f"{words.number(100 * measure.margin)} points" if measure.in_points else words.number(measure.margin)
+def _hashed(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def how_sure(record: Record) -> list[str]:
-    lead = _lead(record)
-    said = []
-    if lead and lead.n is not None:
-        said.append(f"{words.plural(lead.n, 'held-out row')}, the same for both models.")
-    smallest = record.verdict.get("smallest_detectable")
-    if lead and words.is_number(smallest):
-        visible = f"{100 * smallest:.2g} points" if lead.in_points else words.number(smallest)
-        rows = "With so few rows only" if record.verdict.get("answer") == "can't tell" else "With this many rows"
-        said.append(f"{rows} a change of about {visible} or more can be seen.")
-    return [*said, ONE_RUN]
-
-
-def _lead(record: Record) -> Measure | None:
-    return next((m for m in record.measures if m.about == "task"), None)
-
-
-def strip(record: Record) -> dict[str, Any]:
-    """The picture of all rows, or why there is none."""
-    flips = mapping(record.evidence.get("flips"))
-    counts = {key: int(flips[key]) for key, _, _ in charts.STRIP if words.is_number(flips.get(key)) and flips[key] >= 0}
-    total = sum(counts.values())
-    if len(counts) < len(charts.STRIP) or not total:
-        lead = _lead(record)
-        drawn = lead is not None and lead.difference is not None
-        why = "the counts of rows are incomplete" if flips else "rows are not right or wrong here"
-        return {"reason": why, "picture": charts.forest([lead]) if lead and drawn else ""}
-    kinds = {mapping(row).get("kind") for row in sequence(flips.get("examples"))}
-    tiles = [
-        {"key": key, "word": word, "meaning": meaning, "count": words.count(counts[key]),
-         "share": words.share(counts[key] / total), "swatch": charts.swatch(key, word),
-         "link": f"#rows-{key}" if key in kinds and counts[key] else ""}
-        for key, word, meaning in charts.STRIP
-    ]  # fmt: skip
-    base, tuned = counts["kept_right"] + counts["broken"], counts["kept_right"] + counts["fixed"]
-    before = f"{words.count(base)} right ({words.share(base / total)})"
-    name = mapping(record.evidence.get("baseline")).get("name") or "base"
-    side = "the base" if name == "base" else f"the baseline ({name})"
-    message = (f"Of {words.plural(total, 'row')} {side} answered {before}, "
-               f"the tuned model {words.count(tuned)} ({words.share(tuned / total)}).")  # fmt: skip
-    return {"reason": "", "picture": charts.row_strip(counts), "tiles": tiles, "message": message}
-
-
-def advice(record: Record) -> str:
-    given = record.evidence.get("advice") or record.verdict.get("advice")
-    broken = mapping(record.evidence.get("flips")).get("broken")
-    if given:
-        return str(given)
-    return f"Look at the {words.plural(broken, 'broken row')} before you use it." if broken else "Read the parts below."
+def _growth(record: Record) -> list[tuple[str, list[Markup]]]:
+    return [*overfitting.sections(record), *learning_curve.sections(record)]
 
 
 # ---------------------------------------------------------------- is it better?
@@ -186,8 +128,9 @@ def better(record: Record) -> dict[str, Any]:
         {"title": title, "figures": [_forest(panel) for panel in _panels([m for m in measures if m.about == about])]}
         for about, title in ABOUT if any(m.about == about for m in measures)
     ]  # fmt: skip
-    lead = _lead(record)
-    return {"answer": f"{words.capital(_went(lead))}." if lead else "not measured: the evidence holds no measure",
+    groups += seeds.groups(record)
+    lead = lead_of(record)
+    return {"answer": f"{words.capital(went(lead))}." if lead else "not measured: the evidence holds no measure",
             "groups": groups, "baseline": baseline(record)}  # fmt: skip
 
 
@@ -202,18 +145,18 @@ def _panels(measures: Sequence[Measure]) -> list[list[Measure]]:
 def _forest(measures: Sequence[Measure]) -> Markup:
     if all(m.difference is None for m in measures):
         return _without_base(measures)
-    columns = ("measure", "rows", "base", "tuned", "difference", "95% interval", "p", "finding", "how")
+    columns = ("measure", "rows", "base", "tuned", "difference", "95% interval", "p", "p, corrected", "finding", "how")
     rows = [
         (m.name, words.count(m.n), m.shown(m.base), m.shown(m.tuned), m.shown_difference, m.interval or words.UNKNOWN,
-         _p(m.p), m.finding, m.method or words.UNKNOWN)
+         _p(m.p), _corrected(m), m.finding, m.method or words.UNKNOWN)
         for m in measures
     ]  # fmt: skip
     lead = measures[0]
-    message = f"{words.capital(_went(lead))}." if len(measures) == 1 else _many(measures)
+    message = f"{words.capital(went(lead))}." if len(measures) == 1 else _many(measures)
     way = "" if lead.higher_is_better else " Lower values are better here, so the axis runs from high to low."
-    key = Markup('<p class="key">Dot: difference. Line: 95% interval. Grey band: the {} you said do not matter.{}</p>')
-    numbers = charts.table(columns, rows, range(1, 7))
-    return charts.figure(message, charts.forest(measures), numbers, key.format(_margin(lead), way))
+    key = Markup('<p class="key">Dot: difference. Line: 95% interval. Grey band: {}, too small to matter.{}</p>')
+    numbers = charts.table(columns, rows, range(1, 8))
+    return charts.figure(message, charts.forest(measures), numbers, key.format(margin_said(lead), way))
 
 
 def _without_base(measures: Sequence[Measure]) -> Markup:
@@ -234,9 +177,14 @@ def _p(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 0.001 else words.number(p)
 
 
+def _corrected(measure: Measure) -> str:
+    """Holm's p where several measures are asked together; the declared one stands alone."""
+    return _p(measure.p_holm) if measure.p_holm is not None else ""
+
+
 def baseline(record: Record) -> str:
     given = mapping(record.evidence.get("baseline"))
-    lead = _lead(record)
+    lead = lead_of(record)
     name = given.get("name") or (lead.baseline if lead else "")
     if not name:
         return "What stands for “before” is the base model itself."
@@ -304,7 +252,7 @@ def limits(record: Record) -> dict[str, Any]:
     """What did not run, and what no report of this kind can say."""
     not_measured = [str(line).removeprefix("not measured: ") for line in sequence(record.verdict.get("not_measured"))]
     fixed = [
-        ONE_RUN,
+        seeds.sentence(record) or ONE_RUN,
         "The held-out rows stand for your future rows only as far as these will look like them.",
         "What was not measured can still have changed: other skills, safety, fairness, rare inputs.",
         "Examples show what changed, not why; nothing here is a proof of cause.",

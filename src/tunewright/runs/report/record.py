@@ -16,9 +16,10 @@ from typing import Any
 from tunewright.errors import Fault, RunError
 from tunewright.runs.report import words
 
-OPTIONAL = ("data.json", "environment.json", "usage.json", "solved.json")
+OPTIONAL = ("data.json", "environment.json", "usage.json", "solved.json", "seeds.json", "learning_curve.json")
 LISTS = ("metrics.jsonl", "evaluations.jsonl")
 DEFAULT_MARGIN = 0.02  # two points, as in docs/what-the-verdict-means.md; never derived from the number of rows
+ALPHA = 0.05
 FEW_ROWS = 20  # a group below this is shown in grey: its interval is wider than any verdict
 SHARES = frozenset({"accuracy", "macro_f1", "exact_match"})  # said in points even where `proportion` is absent
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
@@ -100,6 +101,7 @@ class Measure:
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    p_holm: float | None = None  # corrected for the measures asked beside it; the declared one has none
     higher_is_better: bool = True
     in_points: bool = False  # the value is a share in [0, 1]; differences are said in points
     method: str = ""
@@ -121,6 +123,7 @@ class Measure:
             n=int(rows) if words.is_number(rows) else None, baseline=str(row.get("baseline") or ""),
             base=base, tuned=tuned, difference=difference,
             low=None if high is None else low, high=None if low is None else high, p=_finite(row.get("p")),
+            p_holm=_finite(row.get("p_holm")),
             higher_is_better=row.get("higher_is_better") is not False,
             in_points=bool(row.get("proportion", key in SHARES)),
             method=str(row.get("method") or ""), margin=margin,
@@ -132,6 +135,8 @@ class Measure:
         if self.difference is None or self.low is None or self.high is None:
             return "no interval"
         low, high = (self.low, self.high) if self.higher_is_better else (-self.high, -self.low)
+        if self.p_holm is not None and self.p_holm > ALPHA:  # interval and test must agree, as in evidence/verdict.py
+            low, high = min(low, 0.0), max(high, 0.0)
         margin = self.margin  # in the metric's own unit, as evidence/verdict.py reads it
         if -margin <= low and high <= margin:
             tiny = "a real but tiny gain" if low > 0 else "a real but tiny loss" if high < 0 else ""

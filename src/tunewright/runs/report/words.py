@@ -16,6 +16,7 @@ SHORT_FORMS = {form.lower(): form for form in ("F1", "AUC", "WER", "CER", "IoU",
     "rougel": "ROUGE-L"
 }
 HYPHEN = re.compile(r"(?<![\w.,-])-(?=\d)")
+BACKTICKS = re.compile(r"`([^`\n]+)`")
 INTERVAL = re.compile(rf"([+{MINUS}]?\d[\d.,]*) to ([+{MINUS}]?\d)")
 
 
@@ -146,6 +147,11 @@ def name(identifier: Any) -> str:
     """`macro_f1` as `macro F1`, `log_loss` as `log loss`: a metric's name in running text."""
     text = str(identifier).replace("_", " ")
     return " ".join(SHORT_FORMS.get(word.lower(), word) for word in text.split())
+
+
+def code_parts(text: Any) -> list[tuple[bool, str]]:
+    """A sentence in pieces, with True for what stands between backticks: commands, as people type them."""
+    return [(place % 2 == 1, part) for place, part in enumerate(BACKTICKS.split(str(text))) if part]
 
 
 def cut(text: Any, limit: int) -> tuple[str, str]:

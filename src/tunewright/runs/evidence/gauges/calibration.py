@@ -30,7 +30,7 @@ def measure(sides: Sides) -> dict[str, Any]:
         raise NotRun(f"{len(sides.test)} held-out rows are fewer than {FEWEST_ROWS}")
     found: dict[str, Any] = {"n": len(sides.test), "bins": calibration.BINS, "baseline": sides.baseline.name}
     found |= {
-        side: one_side(c, r, sides.seed) | {"curve": calibration.curve(c, r)}
+        side: one_side(c, r, sides.seed) | {"curve": calibration.curve(c, r), "alone": calibration.alone(c, r)}
         for side, c, r in zip(("base", "tuned"), sure, right, strict=True)
     }
     found["brier"] = _pair([(c - r) ** 2 for c, r in zip(sure, right, strict=True)], sides)
