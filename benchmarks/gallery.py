@@ -25,16 +25,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GALLERY, RUNS = ROOT / "docs/gallery", ROOT / "runs/gallery"
 NEGATION = re.compile(r"\b(not|n't|no|never|nothing|without|neither|nor)\b")
-# recipe -> (what was done to it, the answers of the verdict that would be right); written down before the first run
+# recipe -> (what was done to it, the answers of the verdict that would be right, written down before its first run);
+# () where any answer would have done, or where the recipe was made after an answer like it had been seen
 EXPECTED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "tickets": ("the demo's 600 tickets, LoRA", ("better",)),
+    "tickets": ("the demo's 600 tickets, LoRA", ()),
     "sentences-well": ("LoRA as recommended", ("better",)),
-    "sentences-rate-x10": ("ten times the learning rate", ("better", "can't tell", "no meaningful change", "worse")),
+    "sentences-rate-x10": ("ten times the learning rate", ()),
     "sentences-epochs": ("200 rows seen 30 times, all weights", ("better", "can't tell")),
     "sentences-shuffled": ("labels shuffled", ("can't tell", "no meaningful change", "worse")),
-    "sentences-group-left-out": ("no training row that is short and negative", ("better", "can't tell", "worse")),
-    "photos-well": ("a new head on a small network; the labels are German, which it does not speak", ("better",)),
-    "photos-known": ("English labels, which it names without training", ("can't tell", "no meaningful change")),
+    "sentences-group-left-out": ("no training row that is short and negative", ()),
+    "photos-well": ("a new head on a small network; the labels are German, which it does not speak", ()),
+    "photos-known": ("English labels, which it names without training", ()),
     "photos-shuffled": ("English labels, shuffled", ("can't tell", "no meaningful change", "worse")),
     "photos-rate-x10": ("all weights of a network that knows both, ten times the rate", ("worse",)),
     "plays-rate-1e-4": ("a story teller on plays, all weights, rate 1e-4", ("trade", "better")),
@@ -131,7 +132,7 @@ def figures(name: str) -> dict[str, Any]:
         "recipe": name,
         "done": EXPECTED[name][0],
         "answer": verdict["answer"],
-        "as_expected": verdict["answer"] in EXPECTED[name][1],
+        "as_expected": verdict["answer"] in EXPECTED[name][1] if EXPECTED[name][1] else None,
         "sentence": verdict["sentence"],
         "measures": [
             {k: m.get(k) for k in ("name", "about", "set", "n", "base", "tuned", "difference", "ci95")}
@@ -152,7 +153,7 @@ def table() -> None:
     (GALLERY / "figures.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     lines = ["| run | what was done | the verdict said | as expected |", "|---|---|---|---|"]
     for one in found:
-        right = "yes" if one["as_expected"] else "**no**"
+        right = {True: "yes", False: "**no**", None: "nothing expected"}[one["as_expected"]]
         lines.append(f"| [{one['recipe']}]({one['recipe']}.yaml) | {one['done']} | {one['sentence']} | {right} |")
     readme = GALLERY / "README.md"
     start, end = "<!-- table -->\n", "<!-- end -->"
