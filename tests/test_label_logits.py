@@ -219,3 +219,15 @@ def test_the_whole_matrix_is_never_made():
     with Watch():
         causal_logprob(model, batch).sum()
     assert 0 < max(sizes) <= 4 * 96
+
+
+def test_who_listens_to_a_model_hears_every_token_where_asked():
+    model, batch = model_of("Llama"), batch_of()
+    heard: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, output: heard.append(output.logits))
+    short = causal_logprob(model, batch)
+    with label_logits.every_logit():
+        whole = causal_logprob(model, batch)
+    assert heard[-1].shape == (*batch["input_ids"].shape, 96)
+    assert heard[-2].shape[1] == 1
+    torch.testing.assert_close(short, whole, rtol=1e-6, atol=1e-6)

@@ -9,8 +9,10 @@ Does not know which function of the logits is wanted.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +40,31 @@ class Head:
     why: str = ""
 
 
+# by output layer, so that a model is asked before anything is put around it: hooks that count would count the question
 _FOUND: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()
+_whole: contextvars.ContextVar[bool] = contextvars.ContextVar("whole", default=False)
+
+
+@contextlib.contextmanager
+def every_logit() -> Iterator[None]:
+    """Inside, models make the logits of all their tokens: for whoever listens to a model's own output."""
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def find_head(model: nn.Module) -> Head:
     """The head that, put behind the model's last hidden states, gives the model's own logits bit by bit."""
-    found, words = _FOUND.get(model), _words(model)
-    if found is None or (found.module is not None and found.module is not words):
-        found = _FOUND[model] = _ask(model, words)
-    return found
+    if _whole.get():
+        return Head(None, why="every logit is wanted")
+    words = _words(model)
+    if words is None:
+        return Head(None, why="the model names no output layer")
+    if words not in _FOUND:
+        _FOUND[words] = _ask(model, words)
+    return _FOUND[words]
 
 
 def _words(model: nn.Module) -> nn.Module | None:
@@ -57,9 +75,7 @@ def _words(model: nn.Module) -> nn.Module | None:
 
 
 @torch.no_grad()
-def _ask(model: nn.Module, head: nn.Module | None) -> Head:
-    if head is None:
-        return Head(None, why="the model names no output layer")
+def _ask(model: nn.Module, head: nn.Module) -> Head:
     training = [(module, module.training) for module in model.modules()]
     config: Any = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore[union-attr,operator]
     ids = torch.randint(config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))

@@ -228,6 +228,8 @@ def _left_out(records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
 def _collate(prepared: Prepared, task: Task, loaded: Loaded) -> Callable[[Sequence[Example]], Batch]:
     """How training rows become a micro-batch: padded by the task, or packed where task and model allow it."""
     asked, method = prepared.recipe.train.packing, prepared.method
+    if task.packs and (missing := find_head(loaded.model).why):  # asked here, before a method puts anything around it
+        loaded.notes.append(f"Logits are made for every token, labelled or not: {missing}.")
     if asked is False or (asked is None and not task.packs):
         return task.collate
     if not task.packs:
@@ -239,8 +241,6 @@ def _collate(prepared: Prepared, task: Task, loaded: Loaded) -> Callable[[Sequen
     if asked and not able:
         raise RecipeError(Fault("cannot be", where="train.packing", got=why, remedy="Leave it out: rows are padded."))
     loaded.notes.append(f"Training rows are {'packed' if able else 'padded, not packed'}: {why}.")
-    if missing := find_head(loaded.model).why:
-        loaded.notes.append(f"Logits are made for every token, labelled or not: {missing}.")
     return packed_collate if able else task.collate
 
 

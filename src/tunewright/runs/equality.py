@@ -27,6 +27,7 @@ from tunewright.engine.distributed import choose_device, to_device
 from tunewright.engine.evaluate import overall, score_rows
 from tunewright.engine.precision import compute_in
 from tunewright.errors import DataError, Fault, TunewrightError
+from tunewright.models.label_logits import every_logit
 from tunewright.recipe import ModelSpec, Recipe
 from tunewright.runs.prediction import Predictor, task_of
 
@@ -86,7 +87,7 @@ def answers_of(predictor: Predictor, rows: Sequence[Record], precision: Precisio
     )
     predictions: list[Prediction] = []
     try:
-        with torch.inference_mode(), _exact(device), compute_in(precision, device):
+        with torch.inference_mode(), every_logit(), _exact(device), compute_in(precision, device):
             for start in range(0, len(rows), size):
                 batch = task.collate([task.encode(r, loaded) for r in rows[start : start + size]])
                 predictions += task.validate(model, to_device(batch, device), loaded)
