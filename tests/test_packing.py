@@ -158,7 +158,7 @@ def test_packed_training_is_padded_training(tiny_recipe, tmp_path, monkeypatch, 
 
 
 def test_a_leaky_base_is_padded_and_refused_only_where_the_recipe_insists(tiny_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(checking, "can_pack", lambda model: (False, "documents leak"))
+    monkeypatch.setattr(checking, "how_to_pack", lambda model: (None, "documents leak"))
     ready = checking.prepare(tiny_recipe(PACKING_TASKS[0]))
     task, loaded = checking.load(ready)
     assert "attention_mask" in checking.planned_steps(ready, task, loaded)[0][0]

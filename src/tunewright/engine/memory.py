@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tunewright.contracts import Batch, State, Task
+from tunewright.engine.packing import cut_documents, documents_of
 from tunewright.errors import Fault, TrainError
 
 LESS = "Shorter inputs, train.gradient_checkpointing=true, method=lora or a smaller model need less."
@@ -37,8 +38,14 @@ def give_back() -> None:
 
 
 def rows_of(batch: Batch) -> int:
-    """B: how many rows the tensors of a batch have."""
+    """B: how many rows the tensors of a batch have; of one packed row, how many documents."""
+    if _is_one_row(batch):
+        return documents_of(batch)
     return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def _is_one_row(batch: Batch) -> bool:
+    return "position_ids" in batch and len(batch["position_ids"]) == 1
 
 
 def cut(batch: Batch, pieces: int) -> list[Batch]:
@@ -47,6 +54,8 @@ def cut(batch: Batch, pieces: int) -> list[Batch]:
     A list that has not one entry a row (the row ids of packed sequences) goes with every part.
     """
     rows = rows_of(batch)
+    if pieces > 1 and _is_one_row(batch):
+        return cut_documents(batch, pieces)
     ends = [round(rows * i / min(pieces, rows)) for i in range(min(pieces, rows) + 1)]
     if len(ends) <= 2:
         return [batch]

@@ -1,18 +1,21 @@
 """Sequences of a micro-batch laid end to end, so that no arithmetic is spent on padding. Knows ids and labels only.
 
-Documents stay apart because positions begin anew: transformers builds a mask from that, if no attention mask and no
+Documents stay apart because positions begin anew: transformers tells them from that, if no attention mask and no
 cache are given. Some families do not (their forward drops the positions), so the model itself is asked first.
+Where a model attends document by document (models/attention.py) a micro-batch is one row; else rows are no longer
+than the longest document, because attention costs with the square of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Example
+from tunewright.models.attention import attend_by_document, attend_in_rows
 from tunewright.models.logprob import IGNORE, causal_logprob
 
 TOLERANCE = {torch.float32: 1e-5}  # per token, natural log
@@ -27,8 +30,17 @@ def packed_collate(examples: Sequence[Example]) -> Batch:
     order of place. Positions begin at 0 with every document, and its first label is -100: nothing stands before it.
     What is left of a row is one more document without labels.
     """
-    bins = _bins([len(e["input_ids"]) for e in examples])
-    longest = max(len(e["input_ids"]) for e in examples)
+    return _laid(examples, _bins([len(e["input_ids"]) for e in examples]))
+
+
+def one_row_collate(examples: Sequence[Example]) -> Batch:
+    """As `packed_collate`, but a single row: nothing is left of it. For models that attend document by document."""
+    return _laid(examples, [list(range(len(examples)))])
+
+
+def _laid(examples: Sequence[Example], bins: Sequence[Sequence[int]]) -> Batch:
+    """Whole examples one after the other, in rows as given."""
+    longest = max(sum(len(examples[j]["input_ids"]) for j in chosen) for chosen in bins)
     ids = torch.zeros(len(bins), longest, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
     positions = torch.zeros_like(ids)
@@ -58,6 +70,35 @@ def _bins(sizes: Sequence[int]) -> list[list[int]]:
         bins[place].append(i)
         room[place] -= sizes[i]
     return bins
+
+
+def documents_of(batch: Batch) -> int:
+    """How many documents a packed batch of one row holds."""
+    return int((batch["position_ids"] == 0).sum())
+
+
+def cut_documents(batch: Batch, pieces: int) -> list[Batch]:
+    """A packed batch of one row in so many parts of whole documents, at most one a document; `row` goes along."""
+    starts = (batch["position_ids"][0] == 0).nonzero().squeeze(-1).tolist()
+    parts = min(pieces, len(starts))
+    chosen = [round(len(starts) * i / parts) for i in range(parts)]
+    ends = [*(starts[i] for i in chosen), batch["position_ids"].shape[1]]
+    return [
+        {key: value[:, start:stop] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        | {"row": batch["row"][first:last]}
+        for start, stop, first, last in zip(ends[:-1], ends[1:], chosen, [*chosen[1:], len(starts)], strict=True)
+    ]
+
+
+def how_to_pack(model: nn.Module) -> tuple[Callable[[Sequence[Example]], Batch] | None, str]:
+    """The collate that packs for this very model, or None; and why. The model may attend another way afterwards."""
+    if attend_by_document(model):
+        able, why = can_pack(model)
+        if able:
+            return one_row_collate, f"{why}, every document attends by itself"
+        attend_in_rows(model)
+    able, why = can_pack(model)
+    return (packed_collate if able else None), why
 
 
 def can_pack(model: nn.Module) -> tuple[bool, str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tunewright.contracts import Batch, Loaded, Loss, Method, Task
 from tunewright.data.batches import sample
 from tunewright.errors import Fault, MethodError
-from tunewright.models import low_rank, masks, peft_adapters, vocabulary
+from tunewright.models import fused_lora, low_rank, masks, peft_adapters, vocabulary
 from tunewright.models.layout import VALUES, linear_names, within
 from tunewright.models.places import own_head, whole_head
 
@@ -127,6 +127,7 @@ class Lora(Method):
         adapted = peft_adapters.put_on(model, config, loaded)
         if how in low_rank.FROM_WEIGHTS:
             low_rank.start_from_weights(adapted, how)
+        fused_lora.fuse(adapted)
         return adapted
 
     def _experts(self, model: nn.Module, loaded: Loaded) -> list[str]:

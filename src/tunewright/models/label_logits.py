@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (n, V) logits and (n,) labels -> (n,), each row by itself
+# the same with its slopes by the logits: (n,) and (n, V), both float32; the logits may be overwritten
+Slopes = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # What families do to their logits, by the word in their config that says so; each is tried on the model itself
 TAILS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma
@@ -27,7 +30,7 @@ TAILS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "logits_scaling": lambda logits, scale: logits / scale,  # Granite
     "lm_head_multiplier": lambda logits, scale: logits * scale,  # Falcon-H1
 }
-ROOM = {"cpu": 2**23}  # numbers in one piece: 256 rows of a vocabulary of 32,000 stay near the cache (measured)
+ROOM = {"cpu": 2**22}  # numbers in one piece: 131 rows of a vocabulary of 32,000 stay near the cache (measured)
 LARGE = 2**27  # the same on other devices
 
 
@@ -36,7 +39,7 @@ class Head:
     """The last product of a language model, and what is done to its logits. `module` None: `why` it was not found."""
 
     module: nn.Module | None
-    tail: Callable[[Tensor], Tensor] = lambda logits: logits
+    tail: Callable[[Tensor], Tensor] | None = None
     why: str = ""
 
 
@@ -123,45 +126,96 @@ def caught(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> T
     return found[0][:, -length:] if fits else None
 
 
-def score_in_pieces(head: Head, rows: Tensor, labels: Tensor, score: Score) -> Tensor:
-    """score(logits of each row, its label), (n,) float32. rows: (n, D) hidden states.   labels: (n,) int64."""
+def score_in_pieces(head: Head, rows: Tensor, labels: Tensor, score: Score, slopes: Slopes | None = None) -> Tensor:
+    """score(logits of each row, its label), (n,) float32. rows: (n, D) hidden states.   labels: (n,) int64.
+
+    slopes: `score` and its slopes written out, which a head that is one plain product takes instead of autograd.
+    """
     assert head.module is not None
-    logits_of = _cast_once(head.module, rows.device)
+    logits_of, tail = _cast_once(head.module, rows.device), head.tail
 
     def ask(piece: Tensor, wanted: Tensor) -> Tensor:
-        return score(head.tail(logits_of(piece)), wanted)
+        logits = logits_of(piece)
+        return score(logits if tail is None else tail(logits), wanted)
 
     weight = getattr(head.module, "weight", None)
     width = int(getattr(head.module, "out_features", 0) or (weight.shape[0] if weight is not None else 2**15))
     size = max(1, ROOM.get(rows.device.type, LARGE) // width)
     parameters = [p for p in head.module.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (rows.requires_grad or parameters):
-        return _InPieces.apply(rows, labels, ask, size, *parameters)  # type: ignore[no-any-return,no-untyped-call]
+        how = _written_out(head, slopes, rows.device) if slopes else None
+        take = how or functools.partial(_by_autograd, ask, tuple(parameters))
+        return _InPieces.apply(rows, labels, take, size, *parameters)  # type: ignore[no-any-return,no-untyped-call]
     pieces = [ask(rows[i : i + size], labels[i : i + size]) for i in range(0, len(rows), size)]
     return torch.cat(pieces) if pieces else rows.new_zeros(0, dtype=torch.float32)
 
 
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _in_kind(tensor: Tensor) -> Tensor:
+    """As autocast would have it in a product."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
 def _cast_once(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The head as a function. Autocast casts a frozen weight anew for every piece: here once."""
-    watched = module._forward_hooks or module._forward_pre_hooks
-    if type(module) is not nn.Linear or watched or any(p.requires_grad for p in module.parameters()):
+    if not _is_plain(module) or any(p.requires_grad for p in module.parameters()):
         return module
-    if not torch.is_autocast_enabled(device.type):
-        return module
-    kind = torch.get_autocast_dtype(device.type)
-    weight, bias = module.weight.to(kind), None if module.bias is None else module.bias.to(kind)
+    weight, bias = _in_kind(module.weight), None if module.bias is None else _in_kind(module.bias)
     return lambda rows: nn.functional.linear(rows, weight, bias)
+
+
+# One piece: rows (n, D), labels (n,), factors (n,) or None -> scores (n,), their slopes by the rows, by each parameter
+Take = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, list[Tensor | None]]]
+
+
+def _by_autograd(
+    ask: Score, parameters: tuple[Tensor, ...], piece: Tensor, labels: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    with torch.enable_grad():
+        piece = piece.detach().requires_grad_()
+        found = ask(piece, labels)
+        cost = found.sum() if factors is None else (found * factors).sum()
+        by_piece, *by_weight = torch.autograd.grad(cost, [piece, *parameters], allow_unused=True)
+    return found.detach(), by_piece, list(by_weight)
+
+
+def _written_out(head: Head, slopes: Slopes, device: torch.device) -> Take | None:
+    """Three products and nothing kept between them, for a head that is one plain product and the model's last word."""
+    module = head.module
+    if module is None or head.tail is not None or not _is_plain(module):
+        return None
+    weight = _in_kind(module.weight.detach())
+    bias = None if module.bias is None else _in_kind(module.bias.detach())
+    trains = [p is module.weight for p in module.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def take(piece: Tensor, labels: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        given = _in_kind(piece.detach())
+        scores, slope = slopes(nn.functional.linear(given, weight, bias), labels)
+        if factors is not None:
+            slope.mul_(factors.unsqueeze(-1))
+        thin = _in_kind(slope)
+        by_weight: list[Tensor | None] = [
+            (thin.T @ given).float() if is_weight else slope.sum(0) for is_weight in trains
+        ]
+        return scores, thin @ weight, by_weight
+
+    return take
 
 
 class _InPieces(torch.autograd.Function):
     """Scores, with their slopes by the rows, and by the head's own weights where those train."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, labels: Tensor, ask: Score, size: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, take: Take, size: int, *parameters: Tensor) -> Tensor:
         ctx.autocast = (torch.is_autocast_enabled(rows.device.type), torch.get_autocast_dtype(rows.device.type))
-        ctx.ask, ctx.size, ctx.parameters = ask, size, parameters
+        ctx.take, ctx.size = take, size
         ctx.random = torch.get_rng_state()  # dropout in an adapted head: drawn the same if it must be drawn again
-        scores, slopes, sums = _slopes(ask, size, rows, labels, None, parameters)
+        scores, slopes, sums = _slopes(take, size, rows, labels, None, parameters)
         ctx.save_for_backward(rows, labels, slopes, *sums)
         return scores
 
@@ -177,24 +231,20 @@ class _InPieces(torch.autograd.Function):
         devices = [rows.device] if rows.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.autocast(rows.device.type, kind, enabled=enabled):
             torch.set_rng_state(ctx.random)
-            _, _, sums = _slopes(ctx.ask, ctx.size, rows, labels, factors, ctx.parameters)
+            _, _, sums = _slopes(ctx.take, ctx.size, rows, labels, factors, sums)
         return (by_row, None, None, None, *sums)
 
 
 def _slopes(
-    ask: Score, size: int, rows: Tensor, labels: Tensor, factors: Tensor | None, parameters: tuple[Tensor, ...]
+    take: Take, size: int, rows: Tensor, labels: Tensor, factors: Tensor | None, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(scores (n,), their gradients by their own row (n, D), by each parameter in sum), scores weighed by factors."""
     scores, slopes = [], []
     sums = [torch.zeros_like(p) for p in parameters]
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        with torch.enable_grad():
-            piece = rows[part].detach().requires_grad_()
-            found = ask(piece, labels[part])
-            cost = found.sum() if factors is None else (found * factors[part]).sum()
-            by_piece, *by_weight = torch.autograd.grad(cost, [piece, *parameters], allow_unused=True)
-        scores.append(found.detach())
+        found, by_piece, by_weight = take(rows[part], labels[part], None if factors is None else factors[part])
+        scores.append(found)
         slopes.append(by_piece)
         for total, one in zip(sums, by_weight, strict=True):
             if one is not None:

@@ -29,6 +29,18 @@ def label_logprob(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> Tenso
     return logprob.masked_fill(~labelled, 0.0)
 
 
+def label_slopes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`label_logprob` of labels that are all there, (n,), and its slopes by the logits, (n, V): one-hot - softmax.
+
+    What the exponentials add up to is read off the likeliest class, whose probability never vanishes.
+    """
+    shares, index = torch.softmax(logits.float(), dim=-1), labels.unsqueeze(-1)
+    above = logits.gather(-1, index).float() - logits.amax(-1, keepdim=True).float()
+    scores = above + shares.amax(-1, keepdim=True).log()
+    slopes = shares.neg_()
+    return scores.squeeze(-1), slopes.scatter_add_(-1, index, torch.ones_like(scores))
+
+
 def kl_divergence(base: Tensor, tuned: Tensor) -> Tensor:
     """KL(base || tuned): how much likelier the base finds its own words than the tuned model does, in nats.
 
@@ -55,5 +67,5 @@ def causal_logprob(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         return label_logprob(model(**inputs, use_cache=False).logits[:, :-1], labels)
     places = (labels.reshape(-1) != IGNORE).nonzero().squeeze(-1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1]).index_select(0, places)
-    found = score_in_pieces(head, rows, labels.reshape(-1).index_select(0, places), label_logprob)
+    found = score_in_pieces(head, rows, labels.reshape(-1).index_select(0, places), label_logprob, label_slopes)
     return found.new_zeros(labels.numel()).index_copy(0, places, found).view_as(labels)

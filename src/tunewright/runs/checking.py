@@ -20,7 +20,7 @@ from tunewright.contracts import Batch, Example, Loaded, Method, Record, Task
 from tunewright.data import canaries, inspection, records
 from tunewright.data.batches import Examples, Steps
 from tunewright.engine import distributed
-from tunewright.engine.packing import can_pack, packed_collate
+from tunewright.engine.packing import how_to_pack
 from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
 from tunewright.models.label_logits import find_head
@@ -200,7 +200,7 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
     if lost := _left_out(prepared.data.train, rows):
         prepared.data.facts["left_out"] = {"rows": len(lost), "of": len(prepared.data.train), "ids": lost}
     examples, collate = Examples(rows, lambda record: task.encode(record, loaded)), _collate(prepared, task, loaded)
-    sizes = None if collate is packed_collate or task.couples_rows else _sizes(examples)
+    sizes = None if collate != task.collate or task.couples_rows else _sizes(examples)
     if sizes:
         loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
     return Steps(
@@ -232,16 +232,17 @@ def _collate(prepared: Prepared, task: Task, loaded: Loaded) -> Callable[[Sequen
         loaded.notes.append(f"Logits are made for every token, labelled or not: {missing}.")
     if asked is False or (asked is None and not task.packs):
         return task.collate
+    packed = None
     if not task.packs:
-        able, why = False, "this task's rows are no token sequences"
+        why = "this task's rows are no token sequences"
     elif not method.packs:
-        able, why = False, "this method puts something before every single sequence"
+        why = "this method puts something before every single sequence"
     else:
-        able, why = can_pack(loaded.model)
-    if asked and not able:
+        packed, why = how_to_pack(loaded.model)
+    if asked and packed is None:
         raise RecipeError(Fault("cannot be", where="train.packing", got=why, remedy="Leave it out: rows are padded."))
-    loaded.notes.append(f"Training rows are {'packed' if able else 'padded, not packed'}: {why}.")
-    return packed_collate if able else task.collate
+    loaded.notes.append(f"Training rows are {'packed' if packed else 'padded, not packed'}: {why}.")
+    return packed or task.collate
 
 
 def lengths(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
