@@ -105,22 +105,25 @@ def _ask(model: nn.Module, head: nn.Module) -> Head:
 
 
 def caught(model: nn.Module, head: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """(B, T, D): what reaches the head, of the given tokens alone; the head itself is called on one token a row.
+    """(B, T, D): what reaches the head, of the given tokens alone; the head itself stands idle.
 
     Virtual tokens before the given ones are left out. None if the head is not called exactly once, as expected.
     """
     found: list[Tensor] = []
 
-    def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found.append(args[0])
-        return (args[0][:, :1], *args[1:])
+    def catch(hidden: Tensor, *args: Any, **named: Any) -> Tensor:
+        found.append(hidden)
+        return hidden.new_zeros(()).expand(len(hidden), 1, width)
 
-    handle = head.register_forward_pre_hook(catch, prepend=True)
+    width, before = _width(head), head.__dict__.get("forward")
+    head.forward = catch  # type: ignore[assignment,method-assign]
     try:
         # with a cache, transformers ignores that position_ids begin anew, and documents leak (docs/facts.md)
         model(**inputs, use_cache=False)
     finally:
-        handle.remove()
+        del head.forward
+        if before is not None:
+            head.forward = before  # type: ignore[method-assign]
     rows, length = inputs["input_ids"].shape
     fits = len(found) == 1 and found[0].ndim == 3 and len(found[0]) == rows and found[0].shape[1] >= length
     return found[0][:, -length:] if fits else None
@@ -132,18 +135,19 @@ def score_in_pieces(head: Head, rows: Tensor, labels: Tensor, score: Score, slop
     slopes: `score` and its slopes written out, which a head that is one plain product takes instead of autograd.
     """
     assert head.module is not None
-    logits_of, tail = _cast_once(head.module, rows.device), head.tail
+    module, tail = head.module, head.tail
 
     def ask(piece: Tensor, wanted: Tensor) -> Tensor:
         logits = logits_of(piece)
         return score(logits if tail is None else tail(logits), wanted)
 
-    weight = getattr(head.module, "weight", None)
-    width = int(getattr(head.module, "out_features", 0) or (weight.shape[0] if weight is not None else 2**15))
-    size = max(1, ROOM.get(rows.device.type, LARGE) // width)
+    logits_of: Callable[[Tensor], Tensor] = module
+    if _is_plain(module) and not any(p.requires_grad for p in module.parameters()):
+        logits_of = lambda piece: nn.functional.linear(piece, *_cast_once(module))  # noqa: E731
+    size = max(1, ROOM.get(rows.device.type, LARGE) // _width(head.module))
     parameters = [p for p in head.module.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (rows.requires_grad or parameters):
-        how = _written_out(head, slopes, rows.device) if slopes else None
+        how = _written_out(head, slopes) if slopes else None
         take = how or functools.partial(_by_autograd, ask, tuple(parameters))
         return _InPieces.apply(rows, labels, take, size, *parameters)  # type: ignore[no-any-return,no-untyped-call]
     pieces = [ask(rows[i : i + size], labels[i : i + size]) for i in range(0, len(rows), size)]
@@ -151,7 +155,8 @@ def score_in_pieces(head: Head, rows: Tensor, labels: Tensor, score: Score, slop
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module) is nn.Linear and not watched
 
 
 def _in_kind(tensor: Tensor) -> Tensor:
@@ -160,12 +165,24 @@ def _in_kind(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
-def _cast_once(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The head as a function. Autocast casts a frozen weight anew for every piece: here once."""
-    if not _is_plain(module) or any(p.requires_grad for p in module.parameters()):
-        return module
-    weight, bias = _in_kind(module.weight), None if module.bias is None else _in_kind(module.bias)
-    return lambda rows: nn.functional.linear(rows, weight, bias)
+_CAST: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _cast_once(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias as autocast would have them. A frozen weight is cast once; autocast does it for every call."""
+    weight, bias = module.weight.detach(), None if module.bias is None else _in_kind(module.bias.detach())
+    if module.weight.requires_grad or not torch.is_autocast_enabled(weight.device.type):
+        return _in_kind(weight), bias
+    of = (weight.data_ptr(), module.weight._version, torch.get_autocast_dtype(weight.device.type))
+    if _CAST.get(module, (None,))[0] != of:
+        _CAST[module] = (of, _in_kind(weight))
+    return _CAST[module][1], bias
+
+
+def _width(head: nn.Module) -> int:
+    """V, or a number as large as vocabularies are."""
+    weight = getattr(head, "weight", None)
+    return int(getattr(head, "out_features", 0) or (weight.shape[0] if weight is not None else 2**15))
 
 
 # One piece: rows (n, D), labels (n,), factors (n,) or None -> scores (n,), their slopes by the rows, by each parameter
@@ -183,13 +200,12 @@ def _by_autograd(
     return found.detach(), by_piece, list(by_weight)
 
 
-def _written_out(head: Head, slopes: Slopes, device: torch.device) -> Take | None:
+def _written_out(head: Head, slopes: Slopes) -> Take | None:
     """Three products and nothing kept between them, for a head that is one plain product and the model's last word."""
     module = head.module
     if module is None or head.tail is not None or not _is_plain(module):
         return None
-    weight = _in_kind(module.weight.detach())
-    bias = None if module.bias is None else _in_kind(module.bias.detach())
+    weight, bias = _cast_once(module)
     trains = [p is module.weight for p in module.parameters() if p.requires_grad]
 
     @torch.no_grad()
