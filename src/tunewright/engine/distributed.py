@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch
+from tunewright.engine.products import choose_products
 from tunewright.errors import Fault, TrainError, TunewrightError
 
 T = TypeVar("T")
@@ -200,7 +201,7 @@ def choose_device() -> tuple[torch.device, str]:
         return device, torch.cuda.get_device_name(device)
     if torch.backends.mps.is_available():
         return torch.device("mps"), "Apple GPU"
-    return torch.device("cpu"), "no GPU found"
+    return torch.device("cpu"), "; ".join(filter(None, ("no GPU found", choose_products())))
 
 
 def choose_threads(stored: int | None = None) -> tuple[int, str]:

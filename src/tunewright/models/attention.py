@@ -40,6 +40,40 @@ def attend_in_rows(model: nn.Module) -> None:
     model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
 
+# -------------------------------------------------------------- by plain products
+SMALL = 2**22  # scores of all heads of a call, 16 MB, up to which they are made one after the other
+
+
+def attend_by_plain_products() -> None:
+    """From now on, in this process, small float32 attention on a CPU is two products and a softmax.
+
+    torch's own kernel calls many small products, for which oneDNN takes eight times as long; large ones gain.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("sdpa", _by_plain_products)
+
+
+def _by_plain_products(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any
+) -> tuple[Tensor, None]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.device.type == "cpu" and query.dtype == torch.float32 and query[..., 0].numel() * key.shape[2] <= SMALL:
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa_attention_forward(module, query, key, value, *given, **named)
+    return sdpa_attention_forward(module, query, key, value, *given, **named)
+
+
+def _own_sdpa() -> Any:
+    """What transformers calls "sdpa" in this process."""
+    from transformers import AttentionInterface
+
+    return AttentionInterface()["sdpa"]
+
+
+# ------------------------------------------------------------------- by document
 def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -79,10 +113,9 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, None]:
     """(B, T, H, D) from query (B, H, T, D), key and value (B, K, T, D)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
+    sdpa = _own_sdpa()
     if attention_mask is None or attention_mask.ndim != 2 or attention_mask.dtype != torch.int64:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
+        return sdpa(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
     if foreign := [name for name in FOREIGN if named.get(name) is not None]:
         raise ValueError(f"{', '.join(foreign)} cannot be had document by document")
     documents = attention_mask.tolist()
@@ -92,7 +125,7 @@ def _attend(
         parts = [_split(tensor.float() if query.device.type == "cpu" else tensor, documents)
                  for tensor in (query, key, value)]  # fmt: skip
         found = [
-            sdpa_attention_forward(
+            sdpa(
                 module, q, k, v, _banded(q.shape[2], window, q.device),
                 dropout=named.get("dropout", 0.0), scaling=named.get("scaling"), is_causal=True,
             )[0]
