@@ -19,6 +19,7 @@ RESPONSE = 0.51  # share of the tokens that are learnt
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 END = 2
 IGNORE = -100
+FILES = ("train", "test", "tokens", "spoken")
 # no words of its own: a row is its prompt, its completion and an end token, whoever renders it
 TEMPLATE = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else ' ') }}{% endfor %}"
 

@@ -21,29 +21,34 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "tunewright",
 class Meter:
     """`with meter.preparing(): ...` and `with meter.training(): ...`; what was measured is in `found`."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int | None) -> None:
+        """threads: None leaves their number to whoever trains."""
+        self.threads = threads
+        self.found: dict[str, Any] = {"cpu_s": 0.0, "wall_s": 0.0, "prepare_cpu_s": 0.0}
+        self._set()
+
+    def _set(self) -> None:
         import torch
 
-        torch.set_num_threads(threads)
-        self.threads = threads
-        self.found: dict[str, Any] = {"threads": threads}
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        self.found["threads"] = torch.get_num_threads()
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
         """From the loaded model to the first step: not counted, but written down."""
         began = time.process_time()
         yield
-        self.found["prepare_cpu_s"] = self.found.get("prepare_cpu_s", 0.0) + time.process_time() - began
+        self.found["prepare_cpu_s"] += time.process_time() - began
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        import torch
-
-        torch.set_num_threads(self.threads)
+        """May be entered several times: the sum counts."""
+        self._set()
         cpu, wall = time.process_time(), time.perf_counter()
         yield
-        self.found["cpu_s"] = time.process_time() - cpu
-        self.found["wall_s"] = time.perf_counter() - wall
+        self.found["cpu_s"] += time.process_time() - cpu
+        self.found["wall_s"] += time.perf_counter() - wall
         self.found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
     def hand_over(self, **more: Any) -> None:

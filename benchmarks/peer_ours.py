@@ -11,67 +11,63 @@ from pathlib import Path
 from typing import Any
 
 from peer_meter import Meter
-from peer_works import ALPHA, RANK, RATE, Work
+from peer_works import ALPHA, RANK, Work
 
 LORA = {"name": "lora", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0, "target_modules": "all-linear"}
+TASKS = {
+    "sft": {"name": "sft", "max_new_tokens": 1},  # answers are not counted; they need not be long
+    "cls": {"name": "text-classification"},
+    "img": {"name": "image-classification"},
+}
 
 
 def run(work: Work, configuration: str, inputs: dict[str, str], meter: Meter) -> dict[str, Any]:
     """One run in a fresh folder; losses by step, and accuracy where there is one."""
+    from tunewright.contracts import Callback
     from tunewright.recipe import Recipe
     from tunewright.runs import training
 
-    training.fit = counted(training.fit, meter)
-    training.checking.planned_steps = prepared(training.checking.planned_steps, meter)
-    losses = Losses()
+    class Losses(Callback):
+        def on_step(self, state: Any, logs: dict[str, float]) -> None:
+            losses.append(logs["loss"])
+
+    losses: list[float] = []
+    training.fit = timed(training.fit, meter.training)
+    training.checking.planned_steps = timed(training.checking.planned_steps, meter.preparing)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe.of(tree(work, configuration, inputs))[0]
-        made = training.train(recipe, Path(folder) / "run", quiet=True, say=lambda text: None, callbacks=[losses])
+        made = training.train(recipe, Path(folder) / "run", quiet=True, say=lambda text: None, callbacks=[Losses()])
         notes = made.read_json("data.json")["settings"]
-    return {"losses": losses.found, "steps": len(losses.found), "notes": notes}
+        measures = made.read_json("evidence.json")["measures"]
+    accuracy = {} if work.kind == "sft" else {"accuracy": measures[0]["tuned"]}
+    return {"losses": losses, "steps": len(losses), "notes": notes, **accuracy}
 
 
 def tree(work: Work, configuration: str, inputs: dict[str, str]) -> dict[str, Any]:
     """The recipe. What it leaves out is the product's own choice."""
+    method: dict[str, Any] = LORA if work.method == "lora" else {"name": work.method}
+    if configuration == "steps":
+        method = {**method, "solver": "steps"}
+    if configuration.endswith("layers"):
+        method = {"name": "layers", "last": 1}
     train = {
         "num_train_epochs": work.epochs, "per_device_train_batch_size": work.batch, "precision": work.precision,
-        "learning_rate": RATE[work.method], "lr_scheduler_type": "constant", "warmup_steps": 0,
+        "lr_scheduler_type": "constant", "warmup_steps": 0,
     }  # fmt: skip
+    if method["name"] == work.method:
+        train["learning_rate"] = work.rate
     return {
-        "model": inputs["model"], "task": {"name": "sft", "max_new_tokens": 1},
-        "data": {"train": inputs["train"], "test": inputs["test"]},
-        "method": LORA if work.method == "lora" else {"name": work.method},
-        "train": train, "evaluate": {"quick": True},
+        "model": inputs["model"], "task": TASKS[work.kind], "method": method, "train": train,
+        "data": {"train": inputs["train"], "test": inputs["test"]}, "evaluate": {"quick": True},
+        "seed": 1 if configuration.endswith("seed") else 0,
     }  # fmt: skip
 
 
-def counted(fit: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
-    def timed(*args: Any, **named: Any) -> Any:
-        with meter.training():
-            return fit(*args, **named)
+def timed(act: Callable[..., Any], stretch: Callable[[], Any]) -> Callable[..., Any]:
+    """The same function, measured."""
 
-    return timed
+    def measured(*args: Any, **named: Any) -> Any:
+        with stretch():
+            return act(*args, **named)
 
-
-def prepared(planned: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
-    def timed(*args: Any, **named: Any) -> Any:
-        with meter.preparing():
-            return planned(*args, **named)
-
-    return timed
-
-
-class Losses:
-    """A callback of the engine that keeps what every step cost."""
-
-    def __new__(cls) -> Any:
-        from tunewright.contracts import Callback
-
-        class Kept(Callback):
-            def __init__(self) -> None:
-                self.found: list[float] = []
-
-            def on_step(self, state: Any, logs: dict[str, float]) -> None:
-                self.found.append(logs["loss"])
-
-        return Kept()
+    return measured

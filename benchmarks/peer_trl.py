@@ -13,7 +13,10 @@ from peer_meter import Meter
 from peer_trainer import adapter, arguments, losses
 from peer_works import Work
 
-WORDS = {"free": {"padding_free": True}, "packing": {"packing": True, "max_length": peer_data.LONGEST}}
+WORDS = {
+    "free": {"padding_free": True, "max_length": None},
+    "packing": {"packing": True, "max_length": peer_data.LONGEST},
+}
 FORCED = ("bf16", "gradient_checkpointing", "train_sampling_strategy", "remove_unused_columns")
 
 
@@ -41,7 +44,7 @@ def run(work: Work, configuration: str, inputs: dict[str, str], meter: Meter) ->
                 args=trl.SFTConfig(folder, **(named | WORDS.get(configuration, {}))),
                 train_dataset=Dataset.from_list(masked),
                 processing_class=transformers.AutoTokenizer.from_pretrained(inputs["model"]),
-                peft_config=adapter() if work.method == "lora" else None,
+                peft_config=adapter(work) if work.method == "lora" else None,
             )
         with meter.training():
             trainer.train()
