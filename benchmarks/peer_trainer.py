@@ -45,7 +45,7 @@ def opened(work: Work, configuration: str, inputs: dict[str, str]) -> Any:
     import torch
     import transformers
 
-    dtype = torch.bfloat16 if configuration == "half" else torch.float32
+    dtype = torch.bfloat16 if "half" in configuration else torch.float32
     words = {} if work.kind == "sft" else {"num_labels": 2, "ignore_mismatched_sizes": True}
     place = inputs.get("local", inputs["model"])
     model = getattr(transformers, CLASSES[work.kind]).from_pretrained(place, dtype=dtype, **words)
@@ -58,7 +58,7 @@ def opened(work: Work, configuration: str, inputs: dict[str, str]) -> Any:
     if work.method == "head":
         for name, parameter in model.named_parameters():
             parameter.requires_grad = name.startswith("classifier")
-    if configuration == "still":
+    if "still" in configuration:
         keep_still(model)
     return model
 
@@ -95,7 +95,7 @@ def arguments(work: Work, configuration: str) -> dict[str, Any]:
         "per_device_train_batch_size": work.batch, "num_train_epochs": work.epochs, "learning_rate": work.rate,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
         "bf16": work.precision == "bf16", "use_cpu": True, "dataloader_pin_memory": False, "seed": 0,
-        "train_sampling_strategy": "group_by_length" if configuration in ("grouped", "half") else plain,
+        "train_sampling_strategy": "group_by_length" if "grouped" in configuration else plain,
         "remove_unused_columns": False, "gradient_checkpointing": False,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
     }  # fmt: skip
@@ -115,7 +115,7 @@ def prepared(work: Work, configuration: str, inputs: dict[str, str], split: str)
         found = [{"input_ids": i, "labels": row["label"]} for i, row in zip(ids, rows, strict=True)]
         return found, transformers.DataCollatorWithPadding(tokenizer)
     rows = peer_data.read(inputs["tokens"])
-    if configuration == "flat":
+    if "flat" in configuration:
         return rows, transformers.DataCollatorWithFlattening()
     return rows, transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=peer_data.IGNORE)
 

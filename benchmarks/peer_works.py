@@ -1,6 +1,6 @@
 """What is measured against the peers: each work, its sides, and the words of its configuration. Runs nothing.
 
-A side is named by who runs it and, behind a hyphen, by what is not its plain configuration: "trainer-grouped". The
+A side is named by who runs it and, behind hyphens, by what is not its plain configuration: "trainer-flat-half". The
 plain configuration of every side is equal in precision, rows, batch size, optimiser, rate and checkpointing (none).
 """
 
@@ -20,8 +20,9 @@ SIDES = {
     "tunewright-steps": "ours, `method.solver: steps`: as many gradient steps as the Trainer takes",
     "trainer": "transformers.Trainer (+ peft), rows padded to the longest of their batch",
     "trainer-grouped": "Trainer, `train_sampling_strategy=group_by_length`",
-    "trainer-half": "Trainer, group_by_length, frozen weights stored in bf16",
-    "trainer-flat": "Trainer, DataCollatorWithFlattening: no padding",
+    "trainer-grouped-half": "Trainer, group_by_length, frozen weights stored in bf16",
+    "trainer-flat": "Trainer, `DataCollatorWithFlattening`: no padding",
+    "trainer-flat-half": "Trainer, no padding, frozen weights stored in bf16",
     "trainer-still": "Trainer, batch norm kept in eval mode, as ours keeps it",
     "trl": "TRL SFTTrainer, no gradient checkpointing, padded",
     "trl-grouped": "TRL, no gradient checkpointing, group_by_length",
@@ -33,10 +34,12 @@ SIDES = {
     "tunewright-warm-seed": "ours, `head` with another seed, beside the cache of the first run",
     "tunewright-warm-layers": "ours, `layers` with `last: 1`, beside the cache of the first run",
     "tunewright-cold-layers": "ours, `layers` with `last: 1`, no cache left by anybody",
-    "tunewright-alone": "ours, two threads",
-    "tunewright-beside": "ours, two threads, beside two processes that never rest",
+    "tunewright-alone": "ours, its own number of threads",
+    "tunewright-beside1": "ours, beside one process that never rests",
+    "tunewright-beside2": "ours, beside two processes that never rest",
     "trainer-alone": "Trainer, its own number of threads",
-    "trainer-beside": "Trainer, its own number of threads, beside two processes that never rest",
+    "trainer-beside1": "Trainer, beside one process that never rests",
+    "trainer-beside2": "Trainer, beside two processes that never rest",
 }
 # Not the same arithmetic: published, and never the peer to beat
 UNEQUAL = ("trl-defaults", "trl-packing")
@@ -71,15 +74,14 @@ PADDED = (OURS, "trainer", "trainer-grouped")
 TRL = ("trl", "trl-grouped", "trl-free", "trl-packing", "trl-defaults", "llamafactory")
 HEAD = (OURS, "tunewright-steps", "trainer")
 WARM = ("tunewright-cold", "tunewright-warm-seed", "tunewright-warm-layers", "tunewright-cold-layers")
-BUSY = ("tunewright-alone", "tunewright-beside", "trainer-alone", "trainer-beside")
+BESIDE = {"beside1": 1, "beside2": 2}  # processes that keep a core each busy
+BUSY = tuple(f"{who}-{where}" for where in ("alone", *BESIDE) for who in (OURS, "trainer"))
 
 
 def _sft(base: str, rows: int, target: float, bf16: float) -> list[Work]:
     fp32 = Work(f"sft-lora-{base}", "sft", base, "lora", (*PADDED, "trainer-flat", *TRL), rows, 2e-4, target)
-    half = Work(
-        f"{fp32.name}-bf16", "sft", base, "lora", (*PADDED, "trainer-half", *TRL), rows, 2e-4, bf16, "bf16", memory=0.4
-    )
-    return [fp32, half]
+    sides = (*PADDED, "trainer-grouped-half", "trainer-flat", "trainer-flat-half", *TRL)
+    return [fp32, Work(f"{fp32.name}-bf16", "sft", base, "lora", sides, rows, 2e-4, bf16, "bf16", memory=0.4)]
 
 
 def _texts(method: str, rate: float, target: float, epochs: int = 3) -> Work:

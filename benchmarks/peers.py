@@ -27,8 +27,7 @@ from typing import Any
 import peer_data
 import peer_environments
 import peer_real
-
-from peer_works import OURS, WORKS, Work
+from peer_works import BESIDE, OURS, WORKS, Work
 
 HERE = Path(__file__).parent
 KEPT = HERE / "peers.jsonl"
@@ -91,7 +90,7 @@ def measure(names: list[str], rounds: int, sides: list[str], bench: Bench) -> No
         for work in (WORKS[name] for name in names):
             rows = bench.rows or work.rows
             inputs_of(work, rows, bench)
-            for side in [s for s in (*work.sides, MACHINE) if not sides or s in sides]:
+            for side in [s for s in sides_of(work) if not sides or s in sides]:
                 key = {"work": work.name, "side": side, "round": number, "rows": rows}
                 if any(all(line.get(k) == v for k, v in key.items()) for line in kept(bench.results)):
                     continue
@@ -99,12 +98,17 @@ def measure(names: list[str], rounds: int, sides: list[str], bench: Bench) -> No
                 if python is None:
                     print(f"{work.name}, {side}: no environment; --environments makes it", file=sys.stderr)
                     continue
-                with rivals(2 if side.endswith("-beside") else 0):
+                with rivals(BESIDE.get(side.rpartition("-")[2], 0)):
                     found = started(work, side, rows, bench, python) | key | {"precision": work.precision}
                 if "error" not in found:
                     with bench.results.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(found) + "\n")
                 print(f"{work.name} {side} round {number}: {told(found)}", file=sys.stderr, flush=True)
+
+
+def sides_of(work: Work) -> tuple[str, ...]:
+    """The machine's ceilings are measured where FLOPs can be counted by hand."""
+    return (*work.sides, MACHINE) if work.kind == "sft" and work.threads == 1 else work.sides
 
 
 def kept(results: Path) -> list[dict[str, Any]]:
@@ -167,9 +171,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=[], help="only these")
     parser.add_argument("--folder", type=Path, default=Path("runs/peers"), help="where models, rows and logs are made")
     parser.add_argument("--shared", type=Path, help="folder with data/ and models/")
-    parser.add_argument(
-        "--environments", type=Path, help="where the peers' environments lie; without --work: make them"
-    )
+    parser.add_argument("--environments", type=Path, help="the peers' own; without --work they are made there")
     parser.add_argument("--results", type=Path, default=KEPT, help="where a line per run is kept")
     parser.add_argument("--table", action="store_true", help="write the tables into docs/performance.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
