@@ -36,12 +36,13 @@ def run(work: Work, configuration: str, inputs: dict[str, str], meter: Meter) ->
         {"input_ids": r["input_ids"], "completion_mask": [int(i != peer_data.IGNORE) for i in r["labels"]]}
         for r in rows
     ]
+    dtype = torch.bfloat16 if "half" in configuration else torch.float32
     with tempfile.TemporaryDirectory() as folder:
-        model = transformers.AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=dtype)
         with meter.preparing():
             trainer = trl.SFTTrainer(
                 model=model,
-                args=trl.SFTConfig(folder, **(named | WORDS.get(configuration, {}))),
+                args=trl.SFTConfig(folder, **(named | WORDS.get(configuration.partition("-")[0], {}))),
                 train_dataset=Dataset.from_list(masked),
                 processing_class=transformers.AutoTokenizer.from_pretrained(inputs["model"]),
                 peft_config=adapter(work) if work.method == "lora" else None,

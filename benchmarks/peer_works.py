@@ -27,6 +27,7 @@ SIDES = {
     "trl": "TRL SFTTrainer, no gradient checkpointing, padded",
     "trl-grouped": "TRL, no gradient checkpointing, group_by_length",
     "trl-free": "TRL, no gradient checkpointing, `padding_free=True`",
+    "trl-free-half": "TRL, no gradient checkpointing, `padding_free=True`, frozen weights stored in bf16",
     "trl-packing": "TRL, no gradient checkpointing, `packing=True`: other rows share a step, fewer steps",
     "trl-defaults": "TRL's own defaults: bf16 and gradient checkpointing, whatever the precision of the others",
     "llamafactory": "LLaMA-Factory in its own environment, no gradient checkpointing, padded",
@@ -80,7 +81,7 @@ BUSY = tuple(f"{who}-{where}" for where in ("alone", *BESIDE) for who in (OURS, 
 
 def _sft(base: str, rows: int, target: float, bf16: float) -> list[Work]:
     fp32 = Work(f"sft-lora-{base}", "sft", base, "lora", (*PADDED, "trainer-flat", *TRL), rows, 2e-4, target)
-    sides = (*PADDED, "trainer-grouped-half", "trainer-flat", "trainer-flat-half", *TRL)
+    sides = (*PADDED, "trainer-grouped-half", "trainer-flat", "trainer-flat-half", *TRL, "trl-free-half")
     return [fp32, Work(f"{fp32.name}-bf16", "sft", base, "lora", sides, rows, 2e-4, bf16, "bf16", memory=0.4)]
 
 
