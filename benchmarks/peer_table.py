@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_ceilings import flops_of
-from peer_works import BESIDE, OURS, SIDES, UNEQUAL, WORKS, Work
+from peer_works import BESIDE, OURS, REORDERED, SIDES, UNEQUAL, WORKS, Work
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- peers: made by benchmarks/peers.py --table -->", "<!-- peers: end -->"
@@ -74,7 +74,8 @@ class Group:
 def figures(groups: Iterable[Group]) -> str:
     """Every target, what was reached, and whether that is enough."""
     rows = [row for group in groups for row in claims(group)]
-    return table(("work", "rows", "rounds", "ours", "against", "times", "at least", "reached"), rows)
+    head = ("work", "rows", "rounds", "measured", "against", "times", "at least", "reached", "accuracy of both")
+    return table(head, rows)
 
 
 def claims(group: Group) -> list[list[str]]:
@@ -109,13 +110,13 @@ def claim(
     enough = value is not None and target is not None and (value >= target if sense == "at least" else value <= target)
     ours, other = (lower, upper) if sense == "at least" else (upper, lower)
     told = {"cpu_s": "", "whole_cpu_s": ", whole process", "wall_s": ", wall s", "peak_mb": ", peak MB"}[key]
-    mine = "" if ours == OURS else f"{ours}: "
+    right = " / ".join(shown(group.values(side, "accuracy"), 3) for side in (ours, other))
     bound = f"{'' if sense == 'at least' else '<= '}{target:g}" if target else ""
     reached = "" if not target or not ours.startswith(OURS) else "yes" if enough else "**no**"
     return [
         group.work.name + told, f"{group.rows}", f"{len(ratios)}",
-        mine + shown(group.values(ours, key)), f"{other}: {shown(group.values(other, key))}",
-        shown(ratios), bound, reached,
+        *(f"{side}: {shown(group.values(side, key))}" for side in (ours, other)), shown(ratios), bound, reached,
+        right if group.values(ours, "accuracy") and key == "cpu_s" else "",
     ]  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def rates_of(group: Group, kind: str) -> dict[str, list[float]]:
 def detail(group: Group) -> str:
     """Every side of one work, the losing ones too."""
     rows, kind = [], group.work.kind
-    quickest = group.best()
+    quickest = None if group.work.slower else group.best()
     for side, runs in group.runs.items():
         line = next(iter(runs.values()))
         pace = (line.get("tokens") or group.rows * group.work.epochs) / group.middle(side, "cpu_s")
@@ -162,7 +163,8 @@ def detail(group: Group) -> str:
     head = ("side", "training, CPU s", "whole process, CPU s", "wall s", unit, "peak MB", "steps",
             "first loss", "last loss", "largest difference to ours", "accuracy")  # fmt: skip
     told = "\n".join(f"- `{side}`: {SIDES[side]}" for side in group.runs if side in SIDES)
-    return f"**{group.work.name}**, {group.rows} rows, {words(group.work)}\n\n{table(head, rows)}\n\n{told}"
+    title = f"**{group.work.name}**, {group.rows} rows, {words(group.work)}"
+    return f"{title}\n\n{table(head, rows)}\n\n{agreement(group)}{told}"
 
 
 def words(work: Work) -> str:
@@ -172,14 +174,31 @@ def words(work: Work) -> str:
 
 
 def learnt(group: Group, side: str, line: Line) -> list[str]:
-    """First loss, last loss, and how far the curve is from ours where the same rows met in every step."""
+    """First loss, last loss, and how far the curve is from ours where the same rows meet in every step."""
     losses = line["losses"]
     if not losses:
         return ["", "", ""]
-    ours = next(iter(group.runs.get(OURS, {}).values()), {}).get("losses") or []
-    same = group.work.kind == "sft" and len(ours) == len(losses) and abs(ours[0] - losses[0]) < 10 * AGREE
-    apart = max(abs(a - b) for a, b in zip(ours, losses, strict=True)) if same and side != OURS else None
-    return [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", "" if apart is None else f"{apart:.4f}"]
+    apart = distances(group, side)
+    return [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{max(apart):.4f}" if apart else ""]
+
+
+def distances(group: Group, side: str) -> list[float]:
+    """|loss - ours| by step; [] where other rows share a step."""
+    ours, theirs = (next(iter(group.runs.get(s, {}).values()), {}).get("losses", []) for s in (OURS, side))
+    other = side.startswith(OURS) or group.work.kind != "sft" or any(word in side for word in REORDERED)
+    return [] if other else [abs(a - b) for a, b in zip(ours, theirs, strict=False)]
+
+
+def agreement(group: Group) -> str:
+    """Whether all who begin on the same rows begin at the same loss."""
+    first = {side: found[0] for side in group.runs if (found := distances(group, side))}
+    if not first or group.work.precision != "float32":
+        return ""
+    worst = max(first, key=lambda side: first[side])
+    verdict = "agree" if first[worst] <= AGREE else "**do not agree**"
+    return (
+        f"Initial losses on the same rows {verdict}: at most {first[worst]:.1e} apart ({worst}; allowed {AGREE:g}).\n\n"
+    )
 
 
 def machines(lines: list[Line]) -> str:

@@ -44,6 +44,7 @@ SIDES = {
 }
 # Not the same arithmetic: published, and never the peer to beat
 UNEQUAL = ("trl-defaults", "trl-packing")
+REORDERED = ("grouped", "packing", "defaults")  # words of sides whose steps hold other rows than ours
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def cells(text, first):
 def test_the_table_takes_the_best_equal_peer_and_ratios_round_by_round():
     figures = cells(peer_table.tables(LINES), f"| {WORK} ")
     assert figures[1:3] == ["8", "2"]  # rounds that both sides have
-    assert figures[3] == "1.50 [1.00 .. 2.00]"
+    assert figures[3] == "tunewright: 1.50 [1.00 .. 2.00]"
     assert figures[4] == "trainer-flat: 5.00 [4.00 .. 6.00]"  # not trl-defaults, which does other arithmetic
     assert figures[5] == "4.00 [4.00 .. 4.00]"
     assert figures[6:] == ["3", "yes"]
@@ -164,6 +164,15 @@ def test_the_detail_has_tokens_a_second_and_the_distance_of_the_curves():
     ours, flat = cells(text, "| tunewright |"), cells(text, "| trainer-flat")
     assert ours[3] == "800"  # 1,200 tokens in 1.5 s
     assert flat[-1] == "0.0500"
+    assert "Initial losses on the same rows agree" in text
+
+
+def test_initial_losses_that_differ_are_said_and_grouped_rows_are_not_compared():
+    wrong = line("trainer", 1, 1.0, losses=[10.402, 10.2])
+    grouped = line("trainer-grouped", 1, 1.0, losses=[11.0, 10.2])
+    said = [peer_table.tables([LINES[0], other]) for other in (wrong, grouped)]
+    assert "**do not agree**: at most 2.0e-03 apart (trainer" in said[0]
+    assert "agree" not in said[1]
 
 
 def test_the_share_of_the_ceiling_is_useful_flops_over_the_best_product(monkeypatch):
