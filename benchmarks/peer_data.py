@@ -6,6 +6,7 @@ completion) for who tokenises itself, `tokens.jsonl` (input_ids and labels) for 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def conversations(rows: int, seed: int = 0) -> list[dict[str, list[int]]]:
 def order(rows: int, seed: int = 0) -> list[int]:
     """The order in which `tunewright` takes packed rows in its first pass (data/batches.py): for the peers' files."""
     return np.random.default_rng([seed, 0]).permutation(rows).tolist()
+
+
+def adapter_seed(seed: int = 0) -> int:
+    """What `tunewright` draws new adapters from (data/batches.py): on the same numbers, curves can be held together."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/apply".encode()).digest()[:7], "little")
 
 
 def write_rows(folder: Path, rows: int) -> Path:

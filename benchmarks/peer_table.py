@@ -179,7 +179,7 @@ def learnt(group: Group, side: str, line: Line) -> list[str]:
     if not losses:
         return ["", "", ""]
     apart = distances(group, side)
-    return [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{max(apart):.4f}" if apart else ""]
+    return [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", f"{max(apart):.1e}" if apart else ""]
 
 
 def distances(group: Group, side: str) -> list[float]:

@@ -54,6 +54,7 @@ def opened(work: Work, configuration: str, inputs: dict[str, str]) -> Any:
     if work.method == "lora":
         import peft
 
+        torch.manual_seed(peer_data.adapter_seed())
         model = peft.get_peft_model(model, adapter(work))
     if work.method == "head":
         for name, parameter in model.named_parameters():

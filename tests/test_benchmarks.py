@@ -72,6 +72,12 @@ def test_the_product_sees_the_tokens_labels_and_order_that_the_peers_read(base, 
     assert [steps.examples[i]["input_ids"].tolist() for i in order] == [row["input_ids"] for row in read]
 
 
+def test_the_trainers_adapters_are_drawn_from_the_products_seed():
+    from tunewright.data.batches import derive_seed
+
+    assert peer_data.adapter_seed() == derive_seed(0, "apply")
+
+
 def test_the_trainer_is_given_what_our_recipe_says(base):
     for work in WORKS.values():
         ours = peer_ours.tree(work, "", {"model": "m", "train": "a", "test": "b"})["train"]
@@ -163,7 +169,7 @@ def test_the_detail_has_tokens_a_second_and_the_distance_of_the_curves():
     text = peer_table.tables(LINES).partition(f"**{WORK}**")[2]
     ours, flat = cells(text, "| tunewright |"), cells(text, "| trainer-flat")
     assert ours[3] == "800"  # 1,200 tokens in 1.5 s
-    assert flat[-1] == "0.0500"
+    assert flat[-1] == "5.0e-02"
     assert "Initial losses on the same rows agree" in text
 
 
