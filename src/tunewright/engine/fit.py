@@ -37,6 +37,7 @@ from tunewright.engine.keeping import Keeper
 from tunewright.engine.precision import compute_as_stored, compute_in, suit_storage
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
+from tunewright.models.lean_norms import make_lean
 from tunewright.models.surgery import set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
@@ -77,6 +78,7 @@ def fit(
     torch.manual_seed(derive_seed(seed, "apply"))  # new adapters are drawn here; a resumed run overwrites them
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
+    make_lean(model)
     precision, why = suit_storage(train.precision, place.precision, model)
     if why:
         say(f"Precision {precision}: {why}.")
