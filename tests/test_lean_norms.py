@@ -31,10 +31,13 @@ def test_loss_and_every_slope_are_the_models_own(family, count):
     assert make_lean(lean) == count
     assert make_lean(lean) == 0
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
-    for model in (plain, lean):
+    exact = copy.deepcopy(plain).double()
+    for model in (plain, lean, exact):
         model(input_ids=ids, labels=ids).loss.backward()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(lean.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for name, parameter in exact.named_parameters():
+        far = (lean.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm()
+        own = (plain.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm()
+        assert far <= 4 * own + 1e-6, f"{name}: as near to float64 as the model's own"
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, lean(ids).logits)
     assert {type(m).__name__ for m in plain.modules()} == {type(m).__name__ for m in lean.modules()}
