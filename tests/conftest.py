@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; set before transformers is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["TUNEWRIGHT_CACHE"] = "off"  # no test may find what another left; those of the cache have their own folder
 
 import copy
 import csv

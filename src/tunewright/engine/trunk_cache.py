@@ -1,29 +1,36 @@
 """The frozen trunk runs once: what reaches the lowest block that trains is kept, row by row, for all later passes.
 
-The rows go through in the order of the data, so what is kept depends on nothing but data and batch size, and a resumed
-run gets the same bytes. A row's activation was computed beside other neighbours than in its own batch, and so differs
-from the uncached one by rounding (1e-6). Knows blocks by name and order; every model is asked whether it bears it.
-In memory only; not yet shared between runs.
+And for later runs: a row's activation depends on nothing but the row, the trunk and the arithmetic, because rows go
+through in groups of fixed shape, whatever else the data holds. It then has the same bytes whoever computed it, so that
+it may be shared (feature_store.py), and a resumed run is the same run whether it finds it, or not. Whether the machine
+keeps that promise is asked; where it does not, nothing is shared. From the uncached run it differs by rounding (1e-6):
+there a row is padded to the longest of its step. Knows rows and groups; the model is trunk.py's matter.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunewright.contracts import Batch, Loaded, Precision, Task
+from tunewright.contracts import Batch, Example, Loaded, Precision, Task
 from tunewright.data.batches import Steps
 from tunewright.engine import memory
-from tunewright.engine.distributed import to_device
-from tunewright.engine.precision import compute_in
-from tunewright.models.surgery import set_mode
+from tunewright.engine.distributed import is_first, to_device
+from tunewright.engine.feature_store import FeatureStore
+from tunewright.engine.trunk import NOTHING, Trunk, bytes_of
+from tunewright.models.layout import max_positions
+from tunewright.models.logprob import IGNORE
 
-ROOM = 2 << 30  # bytes of activations kept; where they need more, the trunk runs every time
-FINE: dict[Precision, float] = {"float32": 1e-5, "bf16": 2e-2}  # how far the loss may move, relative
+ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the trunk runs every time
+SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
+TOKENS = {"cpu": 512}  # of a group of rows of like length; its shape is part of what a row's digits depend on
+TOKENS_ELSEWHERE = 16384
+PICTURES = 16  # rows of a group that have no length
 
 
 class TrunkCache:
@@ -31,22 +38,43 @@ class TrunkCache:
 
     def __init__(self, task: Task, loaded: Loaded, steps: Steps, device: torch.device, precision: Precision) -> None:
         self._task, self._loaded, self._steps = task, loaded, steps
-        self._device, self._precision = device, precision
-        self._below: list[nn.Module] = []
-        self._kept: dict[str, Tensor] = {}
-        self._beside = -1  # how many Nones blocks give beside the activation; -1: it comes bare, in no tuple
+        self._device = device
+        self._trunk = Trunk(task, loaded, device, precision)
+        self._kept: dict[bytes, Tensor] = {}
+        self._keys: dict[str, bytes] = {}  # by row
 
-    def follow(self, model: nn.Module) -> None:
-        """Look where the boundary is now, and fill the cache for it; `loaded.notes` says what came of it, and why."""
-        before = self._below
-        self._below, self._kept = [], {}
-        if why := self._why_not():
-            return self._note(before, why)
+    @contextlib.contextmanager
+    def once_over(self, model: nn.Module) -> Iterator[Iterator[Batch]]:
+        """Every row once, in the order of the data; while a batch is looked at, the trunk's work is done already."""
+
+        def batches() -> Generator[Batch, None, None]:
+            with torch.inference_mode(False):
+                self.follow(model, training=False)
+            for batch in self._steps.once_over():
+                with self.under(batch):
+                    yield to_device(batch, self._device)
+
+        given = batches()
+        try:
+            yield given
+        finally:
+            given.close()
+
+    def follow(self, model: nn.Module, training: bool = True) -> None:
+        """Look where the boundary is now, and fill the cache for it; `loaded.notes` says what came of it, and why.
+
+        training: many passes, in which what trains has its dropout; else one, in eval mode.
+        """
+        before = bool(self._trunk.below)
+        self._kept = {}
+        if why := self._why_not(training):
+            self._trunk.below = []
+            return self._note(before, why if training else NOTHING)
         modes = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
             with torch.no_grad():
-                why = self._fill(model)
+                why = self._fill(model, training)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out(error):
                 raise
@@ -55,166 +83,195 @@ class TrunkCache:
             for module, mode in modes:
                 module.training = mode
         if why:
-            self._below, self._kept = [], {}
-            return self._note(before, why)
-        size = sum(t.numel() * t.element_size() for t in self._kept.values()) / 1e6
-        self._loaded.notes.append(
-            f"The frozen trunk ran once: what {len(self._below)} of {len(self._loaded.layout.blocks)} blocks make of "
-            f"{len(self._kept)} rows is kept ({size:.3g} MB)."
-        )
+            self._trunk.below, self._kept = [], {}
+            self._note(before, why if training else NOTHING)
         return None
 
-    def _note(self, before: list[nn.Module], why: str) -> None:
+    def _note(self, before: bool, why: str) -> None:
         if before or why != NOTHING:
             self._loaded.notes.append(f"The frozen trunk runs in every step: {why}.")
 
-    def _why_not(self) -> str:
+    def _why_not(self, training: bool) -> str:
         """What rules it out before the model is asked."""
-        if len(self._steps) <= self._steps.per_epoch:
+        if training and len(self._steps) <= self._steps.per_epoch:
             return NOTHING  # every row is seen once
         blocks = self._loaded.layout.blocks if self._loaded.layout else ()
         if not blocks or any(p.requires_grad for p in self._loaded.model.get_submodule(blocks[0]).parameters()):
             return NOTHING
-        if self._task.augments:
+        if self._task.augments and training:
             return "rows are augmented, so that no two passes see the same input"
         if type(self._task).prepare is not Task.prepare:
             return "this task makes its inputs while it trains"
         return ""
 
     # ------------------------------------------------------------------ filling
-    def _fill(self, model: nn.Module) -> str:
+    def _fill(self, model: nn.Module, training: bool) -> str:
         """Keep what comes out below the boundary for every row; a reason where that cannot be."""
-        first = to_device(next(self._steps.once_over()), self._device)
-        if not _by_row(first):
-            return "rows are packed, so that one activation holds several"
-        plain = self._cost(model, first)  # also: whatever asks a model something once does it now, unwatched
-        self._below, why = self._boundary(model, first)
-        if not self._below:
-            return why
-        if self._is_noisy(model, first):
-            return "dropout below what trains is drawn anew in every step"
-        model.eval()
-        taken = 0
-        for batch in self._steps.once_over():
-            here = to_device(batch, self._device)
-            output = self._lower(model, here)
-            tensor = _only_tensor(output)
-            if tensor is None or len(tensor) != memory.rows_of(here):
-                return "its blocks hand on more than one tensor"
-            self._beside = -1 if isinstance(output, Tensor) else len(output) - 1
-            for row, kept in zip(batch["row"], _rows(tensor, here), strict=True):
-                self._kept[row] = kept.cpu().clone()
-                taken += kept.numel() * kept.element_size()
-            if taken > ROOM:
-                return f"its activations need more than {ROOM >> 30} GB"
-        if len(self._kept) != len(self._steps.examples):
+        examples, trunk = self._steps.examples, self._trunk
+        self._keys = self._keys or {example["row"]: content_key(example) for example in examples}
+        if len(self._keys) != len(examples):
             return "row ids repeat"
-        with self.under(first):
-            cached = self._cost(model, first)
-        if not abs(plain - cached) <= FINE[self._precision] * max(abs(plain), 1.0):
-            return f"this model bears no kept activations (its loss moved by {abs(plain - cached):.2g})"
+        few = self._steps.together(range(min(2, len(examples))))
+        if not _by_row(few):
+            return "rows are packed, so that one activation holds several"
+        trunk.cost(model, few)  # whatever asks a model something once does it now, unwatched
+        if why := trunk.find(model, few):
+            return why
+        if training and trunk.is_noisy(model, few):
+            return "dropout below what trains is drawn anew in every step"
+        if trunk.run(model, few) is None:
+            return "its blocks hand on more than one tensor"
+        if why := self._gather(model):
+            return why
+        return trunk.bears(model, few, self._given(few))
+
+    def _gather(self, model: nn.Module) -> str:
+        """From the store, or computed and put there; a reason where there is no room."""
+        store, why = FeatureStore.open()
+        groups = Groups(self._steps, self._loaded)
+        wanted = {key: i for i, key in enumerate(self._keys.values())}
+        space = self._trunk.fingerprint() if store else ""
+        self._kept = store.read(space, wanted.keys()) if store else {}
+        if store and len(self._kept) < len(wanted) and not groups.are_pure(model, self._trunk):
+            store, why, self._kept = None, "this machine gives a row other digits beside other rows", {}
+        there = len(self._kept)
+        made: dict[bytes, Tensor] = {}
+        in_memory = 0
+        names = list(self._keys.values())
+        for rows in groups.of([i for key, i in wanted.items() if key not in self._kept]):
+            for i, value in zip(rows, groups.run(model, self._trunk, rows), strict=True):
+                made[names[i]] = value
+            size = _size(made)
+            if in_memory + size > ROOM and not store:
+                return f"its activations need more than {ROOM >> 30} GB"
+            if store and size > SEGMENT:
+                in_memory += self._put_away(store, space, made)
+                made = {}
+                if in_memory > ROOM:
+                    return f"its activations need more than {ROOM >> 30} GB, and {store.said[-1].lower()}"
+        if store and made:
+            self._put_away(store, space, made)
+        self._kept |= made if not store else {}
+        self._tell(there, store, why)
         return ""
 
-    def _lower(self, model: nn.Module, batch: Batch) -> Any:
-        """What the highest frozen block gives; what stands above it is not run."""
-        given: list[Any] = []
+    def _put_away(self, store: FeatureStore, space: str, made: dict[bytes, Tensor]) -> int:
+        """Into the store where this process writes; the number of bytes that stay in memory."""
+        found = store.write(space, made, self._trunk.about()) if is_first() else dict(made)
+        self._kept |= found
+        return sum(_size({key: value}) for key, value in found.items() if value is made[key])
 
-        def enough(module: nn.Module, args: Any, output: Any) -> None:
-            given.append(output)
-            raise _Enough
-
-        handle = self._below[-1].register_forward_hook(enough)
-        try:
-            with contextlib.suppress(_Enough):
-                self._cost(model, batch)
-        finally:
-            handle.remove()
-        return given[0]
-
-    def _is_noisy(self, model: nn.Module, batch: Batch) -> bool:
-        """Whether the trunk, as it stands while the rest trains, gives other numbers by chance.
-
-        A dropout with nothing of its own to train follows the module around it, which may train higher up (GPT-2).
-        """
-        set_mode(model, dropout=self._task.dropout)
-        found = []
-        with torch.random.fork_rng(devices=[]):
-            for seed in (1, 2):
-                torch.manual_seed(seed)
-                found.append(_only_tensor(self._lower(model, batch)))
-        return found[0] is not None and found[1] is not None and not torch.equal(found[0], found[1])
-
-    def _cost(self, model: nn.Module, batch: Batch) -> float:
-        with compute_in(self._precision, self._device):
-            loss = self._task.loss(model, batch, self._loaded)
-        return float(sum(value.float() for value in loss.totals.values()))
-
-    def _boundary(self, model: nn.Module, batch: Batch) -> tuple[list[nn.Module], str]:
-        """The blocks that are done before anything trains is called, found by watching one batch."""
-        inside = list(model.modules())
-        blocks = [self._loaded.model.get_submodule(name) for name in self._loaded.layout.blocks]
-        if not all(any(block is module for module in inside) for block in blocks):
-            return [], "its blocks were put into others"
-        done: list[nn.Module] = []
-        began: list[int] = []  # how many blocks were done when something that trains was called
-        trains = [m for m in inside if any(p.requires_grad for p in m.parameters(recurse=False))]
-        handles = [m.register_forward_pre_hook(lambda module, args: began.append(len(done))) for m in trains]
-        handles += [b.register_forward_hook(lambda module, args, output: done.append(module)) for b in blocks]
-        try:
-            self._cost(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        below = blocks[: min(began, default=0)]
-        if any(p.requires_grad for block in below for p in block.parameters()):
-            return [], "parts that train are not called by themselves"
-        if done != blocks:
-            return [], "its blocks are not called one after the other, once each"
-        return below, NOTHING
+    def _tell(self, there: int, store: FeatureStore | None, why: str) -> None:
+        blocks = f"{len(self._trunk.below)} of {len(self._loaded.layout.blocks)} blocks"
+        found = f"; {there} of them were there from earlier runs" if there else ""
+        shared = "" if store else f"; not shared with other runs: {why}"
+        self._loaded.notes += [
+            f"The frozen trunk ran once: what {blocks} make of {len(self._keys)} rows is kept "
+            f"({_size(self._kept) / 1e6:.3g} MB){found}{shared}.",
+            *(store.said if store else ()),
+        ]
 
     # -------------------------------------------------------------------- using
     @contextlib.contextmanager
     def under(self, batch: Batch) -> Iterator[None]:
         """Inside, the frozen blocks do nothing and the highest of them gives what was kept for these rows."""
-        if not self._below:
+        if not self._trunk.below:
             yield
             return
-        *idle, last = self._below
-        kept = [self._kept[row].to(self._device) for row in batch["row"]]
-        given = _together(kept, batch)
-        for block in idle:
-            block.forward = lambda hidden, *args, **named: self._shaped(hidden)
-        last.forward = lambda *args, **named: self._shaped(given)
-        try:
+        with self._trunk.left_out(self._given(batch)):
             yield
-        finally:
-            for block in self._below:
-                del block.forward
 
-    def _shaped(self, hidden: Tensor) -> Any:
-        return hidden if self._beside < 0 else (hidden, *[None] * self._beside)
+    def _given(self, batch: Batch) -> Tensor:
+        return _together([self._kept[self._keys[row]] for row in batch["row"]], batch)
 
 
-NOTHING = "nothing is to be gained"
+class Groups:
+    """Rows in groups whose shape depends on the single row: filled up to a fixed number, padded to a fixed length.
+
+    A padded row shall always be one: some models take another path where nothing in a batch is padded.
+    """
+
+    def __init__(self, steps: Steps, loaded: Loaded) -> None:
+        self._steps = steps
+        self._longest = max_positions(loaded.model)
+        self._tokens = TOKENS.get(next(loaded.model.parameters()).device.type, TOKENS_ELSEWHERE)
+
+    def of(self, rows: Sequence[int]) -> list[list[int]]:
+        """The rows, each group of one shape and no larger than it may be."""
+        shapes: dict[tuple[int, int, int], list[int]] = {}
+        for i in rows:
+            shapes.setdefault(self._shape(self._steps.examples[i]), []).append(i)
+        return [
+            members[start : start + count]
+            for (count, *_), members in sorted(shapes.items())
+            for start in range(0, len(members), count)
+        ]
+
+    def _shape(self, example: Example) -> tuple[int, int, int]:
+        """(rows, length padded to, length where it is full) of the group that this row goes through in."""
+        if "length" not in example:
+            return PICTURES, 0, 0
+        length = example["length"]
+        unit = max(8, 1 << max(0, length.bit_length() - 4))  # at most an eighth is padding
+        width = (length // unit + 1) * unit
+        if self._longest and width > self._longest:
+            width = max(self._longest, length)
+        return max(2, self._tokens // width), width, length if length == width else 0
+
+    def run(self, model: nn.Module, trunk: Trunk, rows: Sequence[int], shift: int = 0) -> list[Tensor]:
+        """What the trunk makes of each. shift: how many places later the rows stand in their group."""
+        count, width, _ = self._shape(self._steps.examples[rows[0]])
+        filled = [rows[-1]] * shift + [*rows, *[rows[-1]] * (count - len(rows) - shift)]
+        batch = padded(self._steps.together(filled), width)
+        tensor = trunk.run(model, batch)
+        assert tensor is not None, "asked before"
+        return [one.to("cpu", copy=True) for one in _rows(tensor, batch)[shift : shift + len(rows)]]
+
+    def are_pure(self, model: nn.Module, trunk: Trunk) -> bool:
+        """Whether a row has the same digits in another place of its group and beside other rows."""
+        group = max(self.of(range(min(64, len(self._steps.examples)))), key=len)
+        together = self.run(model, trunk, group)
+        alone = self.run(model, trunk, group[:1], shift=1)
+        return torch.equal(together[0], alone[0])
 
 
-class _Enough(Exception):
-    """Ends a forward pass of which the rest is not needed."""
+def content_key(example: Example) -> bytes:
+    """SHA-256 over what a model can be given of an example: its tensors. Plain values (row id, label) are the task's.
+
+    Its length stands in the shapes.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(example.items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(bytes_of(value))
+    return digest.digest()
+
+
+def padded(batch: Batch, width: int) -> Batch:
+    """The batch with its rows padded to `width` tokens; as it is where no mask could hide the padding."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.shape[1] >= width:
+        return batch
+    length = mask.shape[1]
+
+    def wider(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != length:
+            return value
+        room = value.new_full((len(value), width - length, *value.shape[2:]), IGNORE if name == "labels" else 0)
+        return torch.cat([value, room], dim=1)
+
+    return {name: wider(name, value) for name, value in batch.items()}
+
+
+def _size(tensors: dict[bytes, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def _by_row(batch: Batch) -> bool:
     """Whether a batch holds each of its rows by itself."""
     rows = batch.get("row", [])
     return "position_ids" not in batch and len(rows) == memory.rows_of(batch) == len(set(rows))
-
-
-def _only_tensor(output: Any) -> Tensor | None:
-    """What a block hands on, if that is one tensor."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple) and isinstance(output[0], Tensor) and all(part is None for part in output[1:]):
-        return output[0]
-    return None
 
 
 def _together(kept: list[Tensor], batch: Batch) -> Tensor:
