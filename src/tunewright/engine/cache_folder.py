@@ -46,8 +46,8 @@ class Segment:
 
 def folder(environ: Mapping[str, str] = os.environ) -> tuple[Path | None, str]:
     """(the folder, made if need be; "") or (None, why there is none)."""
-    if environ.get("TUNEWRIGHT_CACHE", "").lower() in OFF:
-        return None, "TUNEWRIGHT_CACHE switches it off"
+    if why := is_off(environ):
+        return None, why
     path = place(environ)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,6 +61,11 @@ def folder(environ: Mapping[str, str] = os.environ) -> tuple[Path | None, str]:
     except OSError as error:
         return None, f"{path}: {error.strerror}"
     return path, ""
+
+
+def is_off(environ: Mapping[str, str] = os.environ) -> str:
+    """Why nothing is shared, or ""."""
+    return "TUNEWRIGHT_CACHE switches it off" if environ.get("TUNEWRIGHT_CACHE", "").lower() in OFF else ""
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Path:

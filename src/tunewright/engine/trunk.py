@@ -45,6 +45,7 @@ class Trunk:
         blocks = [self._loaded.model.get_submodule(name) for name in self._loaded.layout.blocks]
         if not all(any(block is module for module in inside) for block in blocks):
             return "its blocks were put into others"
+        self.cost(model, batch)  # whatever asks a model something once does it now, unwatched
         done: list[nn.Module] = []
         began: list[int] = []  # how many blocks were done when something that trains was called
         called: dict[nn.Module, int] = {}  # how many were done when it was called first

@@ -28,7 +28,7 @@ from tunewright.models.logprob import IGNORE
 
 ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the trunk runs every time
 SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
-TOKENS = {"cpu": 512}  # of a group of rows of like length; its shape is part of what a row's digits depend on
+TOKENS = {"cpu": 256}  # of a group of rows of like length; its shape is part of what a row's digits depend on
 TOKENS_ELSEWHERE = 16384
 PICTURES = 16  # rows of a group that have no length
 
@@ -114,7 +114,6 @@ class TrunkCache:
         few = self._steps.together(range(min(2, len(examples))))
         if not _by_row(few):
             return "rows are packed, so that one activation holds several"
-        trunk.cost(model, few)  # whatever asks a model something once does it now, unwatched
         if why := trunk.find(model, few):
             return why
         if training and trunk.is_noisy(model, few):
@@ -212,7 +211,7 @@ class Groups:
         if "length" not in example:
             return PICTURES, 0, 0
         length = example["length"]
-        unit = max(8, 1 << max(0, length.bit_length() - 4))  # at most an eighth is padding
+        unit = max(4, 1 << max(0, length.bit_length() - 4))  # at most an eighth is padding
         width = (length // unit + 1) * unit
         if self._longest and width > self._longest:
             width = max(self._longest, length)
