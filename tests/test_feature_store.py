@@ -253,13 +253,25 @@ def test_a_solved_head_goes_through_the_same_store(tiny_recipe, tmp_path, shared
     assert "were there from earlier runs" in notes(other)[0], "another method, the same trunk"
 
 
+@pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+def test_a_higher_boundary_goes_on_from_a_lower_one_to_the_same_bytes(tiny_recipe, tmp_path, monkeypatch, shared, task):
+    monkeypatch.setenv("TUNEWRIGHT_CACHE", "off")
+    plain = train(tiny_recipe(task, method="head"), tmp_path / "plain", **QUIET)
+    monkeypatch.delenv("TUNEWRIGHT_CACHE")
+    layers = {"name": "layers", "last": 1}
+    train(tiny_recipe(task, method=layers, train=OPTIONS | {"packing": None}), tmp_path / "layers", **QUIET)
+    head = train(tiny_recipe(task, method="head"), tmp_path / "head", **QUIET)
+    assert "went on from what earlier runs kept further down" in notes(head)[0]
+    assert same(weights(plain), weights(head))
+
+
 def test_only_missing_rows_are_computed(tiny_recipe, tmp_path, monkeypatch, shared):
     counted = []
     plain = Groups.run
 
-    def counting(self, model, trunk, rows, shift=0):
-        counted.extend([] if shift else rows)
-        return plain(self, model, trunk, rows, shift)
+    def counting(self, model, trunk, rows, **more):
+        counted.extend(rows)
+        return plain(self, model, trunk, rows, **more)
 
     train(tiny_recipe(method="head", data={"train": str(write_text_rows(tmp_path / "few.csv", 60))}), tmp_path / "a",
           **QUIET)  # fmt: skip

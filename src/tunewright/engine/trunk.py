@@ -34,13 +34,15 @@ class Trunk:
         self._task, self._loaded = task, loaded
         self._device, self._precision = device, precision
         self.below: list[nn.Module] = []
-        self._before: list[nn.Module] = []  # what is called before the highest of them is done
+        self._inside: list[nn.Module] = []
+        self._called: dict[nn.Module, int] = {}  # how many blocks were done when a module was called first
+        self._digests: dict[nn.Module, bytes] = {}  # of weights, see fingerprint
         self._beside = -1  # how many Nones blocks give beside the activation; -1: it comes bare, in no tuple
 
     # ------------------------------------------------------------------- finding
     def find(self, model: nn.Module, batch: Batch) -> str:
         """Look where the boundary is, by watching one batch; a reason where there is none."""
-        self.below, self._before = [], []
+        self.below, self._digests = [], {}
         inside = list(model.modules())
         blocks = [self._loaded.model.get_submodule(name) for name in self._loaded.layout.blocks]
         if not all(any(block is module for module in inside) for block in blocks):
@@ -68,10 +70,7 @@ class Trunk:
             return "parts that train are not called by themselves"
         if done != blocks:
             return "its blocks are not called one after the other, once each"
-        self.below = below
-        above = {m for block in blocks[len(below) :] for m in block.modules()}
-        late = {m for m, count in called.items() if count >= len(below)} | above
-        self._before = [m for m in inside if m not in late]
+        self.below, self._inside, self._called = below, inside, called
         return "" if below else NOTHING
 
     def is_noisy(self, model: nn.Module, batch: Batch) -> bool:
@@ -94,8 +93,11 @@ class Trunk:
             loss = self._task.loss(model, to_device(batch, self._device), self._loaded)
         return float(sum(value.float() for value in loss.totals.values()))
 
-    def run(self, model: nn.Module, batch: Batch) -> Tensor | None:
-        """What the highest frozen block gives, (B, ...); what stands above it is not run. None: no single tensor."""
+    def run(self, model: nn.Module, batch: Batch, lower: Tensor | None = None, count: int = 0) -> Tensor | None:
+        """What the highest frozen block gives, (B, ...); what stands above it is not run. None: no single tensor.
+
+        lower: what the first `count` blocks give, where that is known: they are not run either.
+        """
         given: list[Any] = []
 
         def enough(module: nn.Module, args: Any, output: Any) -> None:
@@ -103,8 +105,9 @@ class Trunk:
             raise _Enough
 
         handle = self.below[-1].register_forward_hook(enough)
+        known = contextlib.nullcontext() if lower is None else self.left_out(lower, count)
         try:
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(_Enough), known:
                 self.cost(model, batch)
         finally:
             handle.remove()
@@ -122,9 +125,9 @@ class Trunk:
         return "" if fine else f"this model bears no kept activations (its loss moved by {moved:.2g})"
 
     @contextlib.contextmanager
-    def left_out(self, given: Tensor) -> Iterator[None]:
-        """Inside, the frozen blocks do nothing and the highest of them gives this."""
-        *idle, last = self.below
+    def left_out(self, given: Tensor, count: int | None = None) -> Iterator[None]:
+        """Inside, the frozen blocks (the first `count` of them) do nothing and the highest of those gives this."""
+        *idle, last = self.below[:count]
         given = given.to(self._device)
         for block in idle:
             block.forward = lambda hidden, *args, **named: self._shaped(hidden)
@@ -132,7 +135,7 @@ class Trunk:
         try:
             yield
         finally:
-            for block in self.below:
+            for block in (*idle, last):
                 del block.forward
 
     def _shaped(self, hidden: Tensor) -> Any:
@@ -144,31 +147,46 @@ class Trunk:
         blocks = f"{len(self.below)} of {len(self._loaded.layout.blocks)}"
         return {"model": self._loaded.origin.get("checkpoint", ""), "blocks": blocks, "precision": self._precision}
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, count: int | None = None) -> str:
         """All that makes two activations of one row the same: weights, place, arithmetic, versions.
 
-        Weights are hashed as they stand here and not as the checkpoint had them: words may have been added to the
-        table, or blocks trained and frozen again.
+        count: above so many blocks; None: at the boundary. Weights are hashed as they stand here and not as the
+        checkpoint had them: words may have been added to the table, or blocks trained and frozen again.
         """
         import transformers
 
-        digest = hashlib.sha256()
-        names = {module: name for name, module in self._loaded.model.named_modules(remove_duplicate=False)}
-        for module in self._before:
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for name, value in own:
-                if not value.requires_grad:
-                    digest.update(f"{names.get(module, '')} {name} {value.dtype} {tuple(value.shape)}".encode())
-                    digest.update(bytes_of(value))
-        model = self._loaded.model
+        model, below = self._loaded.model, self.below[:count]
+        names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
+        weights = [f"{names.get(m, '')} {self._digest(m).hex()}" for m in self._at_or_before(len(below))]
         parts = {
-            "weights": digest.hexdigest(), "base": self._loaded.origin.get("sha256", ""),
+            "weights": weights, "base": self._loaded.origin.get("sha256", ""),
             "model": type(model).__name__, "settings": _settings(model), "task": type(self._task).__name__,
-            "place": [names[block] for block in self.below[-1:]],
+            "place": names[below[-1]],
             "precision": self._precision, "device": self._device.type, "processor": _processor(self._device),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _at_or_before(self, count: int) -> list[nn.Module]:
+        """What may play a part in what so many blocks give: all but what is called later or lies in later blocks.
+
+        What is never called by itself (the products inside torch's own attention) counts.
+        """
+        blocks = [self._loaded.model.get_submodule(name) for name in self._loaded.layout.blocks[count:]]
+        late = {m for block in blocks for m in block.modules()}
+        return [m for m in self._inside if m not in late and self._called.get(m, 0) < count]
+
+    def _digest(self, module: nn.Module) -> bytes:
+        """Of the frozen weights and the buffers that are the module's own."""
+        if module not in self._digests:
+            digest = hashlib.sha256()
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, value in own:
+                if not value.requires_grad:
+                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    digest.update(bytes_of(value))
+            self._digests[module] = digest.digest()
+        return self._digests[module]
 
 
 class _Enough(Exception):

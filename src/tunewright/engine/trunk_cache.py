@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the
 SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
 TOKENS = {"cpu": 256}  # of a group of rows of like length; its shape is part of what a row's digits depend on
 TOKENS_ELSEWHERE = 16384
-PICTURES = 16  # rows of a group that have no length
+PICTURES = 8  # rows of a group that have no length
 
 
 class TrunkCache:
@@ -137,8 +139,11 @@ class TrunkCache:
         made: dict[bytes, Tensor] = {}
         in_memory = 0
         names = list(self._keys.values())
-        for rows in groups.of([i for key, i in wanted.items() if key not in self._kept]):
-            for i, value in zip(rows, groups.run(model, self._trunk, rows), strict=True):
+        missing = [i for key, i in wanted.items() if key not in self._kept]
+        lower = self._lower(store, {i: names[i] for i in missing}) if store else Lower()
+        parts = (groups.of([i for i in missing if (i in lower.given) is known]) for known in (True, False))
+        for rows in itertools.chain(*parts):
+            for i, value in zip(rows, groups.run(model, self._trunk, rows, lower=lower), strict=True):
                 made[names[i]] = value
             size = _size(made)
             if in_memory + size > ROOM and not store:
@@ -147,12 +152,20 @@ class TrunkCache:
                 in_memory += self._put_away(store, space, made)
                 made = {}
                 if in_memory > ROOM:
-                    return f"its activations need more than {ROOM >> 30} GB, and {store.said[-1].lower()}"
+                    return f"its activations need more than {ROOM >> 30} GB, and the disk does not take them"
         if store and made:
             self._put_away(store, space, made)
         self._kept |= made if not store else {}
-        self._tell(there, store, why)
+        self._tell(there, len(lower.given), store, why)
         return ""
+
+    def _lower(self, store: FeatureStore, rows: dict[int, bytes]) -> Lower:
+        """What an earlier run kept of these rows further down: the trunk is run from there."""
+        for count in range(len(self._trunk.below) - 1, 0, -1) if rows else ():
+            found = store.read(self._trunk.fingerprint(count), set(rows.values()))
+            if found:
+                return Lower(count, {i: found[key] for i, key in rows.items() if key in found})
+        return Lower()
 
     def _put_away(self, store: FeatureStore, space: str, made: dict[bytes, Tensor]) -> int:
         """Into the store where this process writes; the number of bytes that stay in memory."""
@@ -160,9 +173,10 @@ class TrunkCache:
         self._kept |= found
         return sum(_size({key: value}) for key, value in found.items() if value is made[key])
 
-    def _tell(self, there: int, store: FeatureStore | None, why: str) -> None:
+    def _tell(self, there: int, lower: int, store: FeatureStore | None, why: str) -> None:
         blocks = f"{len(self._trunk.below)} of {len(self._loaded.layout.blocks)} blocks"
         found = f"; {there} of them were there from earlier runs" if there else ""
+        found += f"; {lower} went on from what earlier runs kept further down" if lower else ""
         shared = "" if store else f"; not shared with other runs: {why}"
         self._loaded.notes += [
             f"The frozen trunk ran once: what {blocks} make of {len(self._keys)} rows is kept "
@@ -182,6 +196,14 @@ class TrunkCache:
 
     def _given(self, batch: Batch) -> Tensor:
         return _together([self._kept[self._keys[row]] for row in batch["row"]], batch)
+
+
+@dataclass(frozen=True)
+class Lower:
+    """What the first `count` blocks make of some rows, by their place in the data."""
+
+    count: int = 0
+    given: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Groups:
@@ -217,12 +239,20 @@ class Groups:
             width = max(self._longest, length)
         return max(2, self._tokens // width), width, length if length == width else 0
 
-    def run(self, model: nn.Module, trunk: Trunk, rows: Sequence[int], shift: int = 0) -> list[Tensor]:
-        """What the trunk makes of each. shift: how many places later the rows stand in their group."""
+    def run(
+        self, model: nn.Module, trunk: Trunk, rows: Sequence[int], *, shift: int = 0, lower: Lower | None = None
+    ) -> list[Tensor]:
+        """What the trunk makes of each. shift: how many places later the rows stand in their group.
+
+        lower: where it holds the first row of a group, it holds them all.
+        """
         count, width, _ = self._shape(self._steps.examples[rows[0]])
         filled = [rows[-1]] * shift + [*rows, *[rows[-1]] * (count - len(rows) - shift)]
         batch = padded(self._steps.together(filled), width)
-        tensor = trunk.run(model, batch)
+        if lower is not None and rows[0] in lower.given:
+            tensor = trunk.run(model, batch, _together([lower.given[i] for i in filled], batch), lower.count)
+        else:
+            tensor = trunk.run(model, batch)
         assert tensor is not None, "asked before"
         return [one.to("cpu", copy=True) for one in _rows(tensor, batch)[shift : shift + len(rows)]]
 
