@@ -53,13 +53,13 @@ def folder(environ: Mapping[str, str] = os.environ) -> tuple[Path | None, str]:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
         if found.st_uid != os.geteuid():
-            return None, f"{path} belongs to somebody else"
+            return None, "its folder belongs to somebody else"
         if stat.S_IMODE(found.st_mode) & 0o077:
             path.chmod(0o700)
         if not os.access(path, os.W_OK):
-            return None, f"{path} cannot be written"
+            return None, "its folder cannot be written"
     except OSError as error:
-        return None, f"{path}: {error.strerror}"
+        return None, f"its folder cannot be made ({error.strerror})"  # no path: runs are shown to others
     return path, ""
 
 

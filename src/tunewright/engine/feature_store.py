@@ -62,7 +62,8 @@ class FeatureStore:
             except FileNotFoundError:
                 continue  # another process has just made room
             except (OSError, Damaged, ValueError, KeyError, TypeError) as error:
-                self.said.append(f"A damaged part of the shared cache was thrown away ({error}); it is computed anew.")
+                why = getattr(error, "strerror", None) or error  # no path: runs are shown to others
+                self.said.append(f"A damaged part of the shared cache was thrown away ({why}); it is computed anew.")
                 with contextlib.suppress(OSError):
                     Segment(index, 0, 0.0).remove()
                 continue
