@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,11 +287,16 @@ def test_only_missing_rows_are_computed(tiny_recipe, tmp_path, monkeypatch, shar
 
 @pytest.mark.parametrize("state", ["warm", "gone", "damaged", "off"])
 def test_a_resumed_run_is_the_same_whatever_became_of_the_store(tiny_recipe, tmp_path, monkeypatch, shared, state):
-    """Begun on a store that another run had filled in part; the boundary moves as it goes."""
+    """Begun on a store that a run on the shorter rows had filled; the boundary moves as it goes."""
     options = OPTIONS | {"packing": None, "save_steps": 2}
-    train(tiny_recipe(method={"name": "layers", "last": 1}, seed=5, train=options), tmp_path / "other", **QUIET)
-    recipe = tiny_recipe(method={"name": "layers", "unfreeze": 0.6}, train=options)
+    method = {"name": "layers", "unfreeze": 0.6}
+    recipe = tiny_recipe(method=method, train=options)
+    head, *rows = Path(recipe.data.train).read_text().splitlines()
+    (tmp_path / "short.csv").write_text("\n".join([head, *sorted(rows, key=len)[:40]]) + "\n")
+    train(tiny_recipe(method=method, train=options, data={"train": str(tmp_path / "short.csv"), "holdout": 0.3}),
+          tmp_path / "other", **QUIET)  # fmt: skip
     whole = train(recipe, tmp_path / "whole", **QUIET)
+    assert "were there from earlier runs" in notes(whole)[0]
     with pytest.raises(RuntimeError, match="power"):
         train(recipe, tmp_path / "cut", callbacks=[Stops(5)], **QUIET)
     if state == "gone":
