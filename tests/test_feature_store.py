@@ -335,6 +335,18 @@ def test_another_trunk_is_another_space(prepared):
     assert name() != first
 
 
+def test_where_neighbours_change_a_rows_digits_nothing_is_shared(tiny_recipe, tmp_path, monkeypatch, shared):
+    plain = Groups.run
+
+    def impure(self, model, trunk, rows, *, shift=0, lower=None):
+        return [value + shift * 1e-6 for value in plain(self, model, trunk, rows, shift=shift, lower=lower)]
+
+    monkeypatch.setattr(Groups, "run", impure)
+    run = train(tiny_recipe(method="head"), tmp_path / "run", **QUIET)
+    assert "not shared with other runs: this machine gives a row other digits" in notes(run)[0]
+    assert cache_folder.segments(shared) == []
+
+
 def test_a_full_disk_costs_nothing_but_the_sharing(tiny_recipe, tmp_path, monkeypatch, shared):
     monkeypatch.setattr(cache_folder, "MARGIN", 1 << 40)
     monkeypatch.setattr(cache_folder.shutil, "disk_usage", lambda path: Usage(1, 1, 0))

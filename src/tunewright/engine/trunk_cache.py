@@ -130,32 +130,26 @@ class TrunkCache:
         """From the store, or computed and put there; a reason where there is no room."""
         store, why = FeatureStore.open()
         groups = Groups(self._steps, self._loaded)
-        wanted = {key: i for i, key in enumerate(self._keys.values())}
+        names = list(self._keys.values())
+        wanted = {key: i for i, key in enumerate(names)}
         space = self._trunk.fingerprint() if store else ""
         self._kept = store.read(space, wanted.keys()) if store else {}
         if store and len(self._kept) < len(wanted) and not groups.are_pure(model, self._trunk):
             store, why, self._kept = None, "this machine gives a row other digits beside other rows", {}
         there = len(self._kept)
+        missing = {i: key for key, i in wanted.items() if key not in self._kept}
+        lower = self._lower(store, missing) if store else Lower()
         made: dict[bytes, Tensor] = {}
         in_memory = 0
-        names = list(self._keys.values())
-        missing = [i for key, i in wanted.items() if key not in self._kept]
-        lower = self._lower(store, {i: names[i] for i in missing}) if store else Lower()
-        parts = (groups.of([i for i in missing if (i in lower.given) is known]) for known in (True, False))
-        for rows in itertools.chain(*parts):
-            for i, value in zip(rows, groups.run(model, self._trunk, rows, lower=lower), strict=True):
-                made[names[i]] = value
-            size = _size(made)
-            if in_memory + size > ROOM and not store:
-                return f"its activations need more than {ROOM >> 30} GB"
-            if store and size > SEGMENT:
+        for rows in itertools.chain(groups.of([*lower.given]), groups.of([i for i in missing if i not in lower.given])):
+            values = groups.run(model, self._trunk, rows, lower=lower)
+            made |= {names[i]: value for i, value in zip(rows, values, strict=True)}
+            if _size(made) > (SEGMENT if store else ROOM):
                 in_memory += self._put_away(store, space, made)
                 made = {}
-                if in_memory > ROOM:
-                    return f"its activations need more than {ROOM >> 30} GB, and the disk does not take them"
-        if store and made:
-            self._put_away(store, space, made)
-        self._kept |= made if not store else {}
+            if in_memory > ROOM:
+                return f"its activations need more than {ROOM >> 30} GB of memory"
+        self._put_away(store, space, made)
         self._tell(there, len(lower.given), store, why)
         return ""
 
@@ -167,11 +161,12 @@ class TrunkCache:
                 return Lower(count, {i: found[key] for i, key in rows.items() if key in found})
         return Lower()
 
-    def _put_away(self, store: FeatureStore, space: str, made: dict[bytes, Tensor]) -> int:
-        """Into the store where this process writes; the number of bytes that stay in memory."""
-        found = store.write(space, made, self._trunk.about()) if is_first() else dict(made)
+    def _put_away(self, store: FeatureStore | None, space: str, made: dict[bytes, Tensor]) -> int:
+        """Into the store, if this process writes and there is one; the number of bytes that stay in memory."""
+        writes = store is not None and made and is_first()
+        found = store.write(space, made, self._trunk.about()) if store and writes else made
         self._kept |= found
-        return sum(_size({key: value}) for key, value in found.items() if value is made[key])
+        return sum(_bytes(value) for key, value in found.items() if value is made[key])
 
     def _tell(self, there: int, lower: int, store: FeatureStore | None, why: str) -> None:
         blocks = f"{len(self._trunk.below)} of {len(self._loaded.layout.blocks)} blocks"
@@ -294,7 +289,11 @@ def padded(batch: Batch, width: int) -> Batch:
 
 
 def _size(tensors: dict[bytes, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(_bytes(tensor) for tensor in tensors.values())
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _by_row(batch: Batch) -> bool:
