@@ -17,9 +17,10 @@ from conftest import write_text_rows
 from safetensors.torch import load_file
 from test_trunk_cache import CELLS, OPTIONS, Stops
 
-from tunewright.engine import cache_folder, trunk_cache
+from tunewright.engine import cache_folder
 from tunewright.engine.feature_store import FeatureStore
-from tunewright.engine.trunk_cache import Groups, content_key, padded
+from tunewright.engine.row_groups import Groups, content_key, padded
+from tunewright.engine.trunk import Trunk
 from tunewright.runs import checking
 from tunewright.runs.training import train
 
@@ -198,7 +199,7 @@ def test_a_row_has_the_same_bytes_whatever_else_the_data_holds(prepared, task):
     ready, name, loaded = prepared(task, method={"name": "layers", "last": 1}, train=options)
     model = ready.method.apply(loaded.model, loaded).eval()
     steps = checking.planned_steps(ready, name, loaded)
-    trunk = trunk_cache.Trunk(name, loaded, torch.device("cpu"), "float32")
+    trunk = Trunk(name, loaded, torch.device("cpu"), "float32")
     with torch.no_grad():
         assert trunk.find(model, steps.together([0, 1])) == ""
         groups = Groups(steps, loaded)
@@ -319,7 +320,7 @@ def test_another_trunk_is_another_space(prepared):
     steps = checking.planned_steps(ready, task, loaded)
 
     def name(precision="float32"):
-        trunk = trunk_cache.Trunk(task, loaded, torch.device("cpu"), precision)
+        trunk = Trunk(task, loaded, torch.device("cpu"), precision)
         with torch.no_grad():
             assert trunk.find(model, steps.together([0, 1])) == ""
         return trunk.fingerprint()

@@ -10,29 +10,22 @@ there a row is padded to the longest of its step. Knows rows and groups; the mod
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from tunewright.contracts import Batch, Example, Loaded, Precision, Task
+from tunewright.contracts import Batch, Loaded, Precision, Task
 from tunewright.data.batches import Steps
 from tunewright.engine import memory
 from tunewright.engine.distributed import is_first, to_device
 from tunewright.engine.feature_store import FeatureStore
-from tunewright.engine.trunk import NOTHING, Trunk, bytes_of
-from tunewright.models.layout import max_positions
-from tunewright.models.logprob import IGNORE
+from tunewright.engine.row_groups import Groups, Lower, content_key, together
+from tunewright.engine.trunk import NOTHING, Trunk
 
 ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the trunk runs every time
 SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
-TOKENS = {"cpu": 256}  # of a group of rows of like length; its shape is part of what a row's digits depend on
-TOKENS_ELSEWHERE = 16384
-PICTURES = 8  # rows of a group that have no length
 
 
 class TrunkCache:
@@ -190,102 +183,7 @@ class TrunkCache:
             yield
 
     def _given(self, batch: Batch) -> Tensor:
-        return _together([self._kept[self._keys[row]] for row in batch["row"]], batch)
-
-
-@dataclass(frozen=True)
-class Lower:
-    """What the first `count` blocks make of some rows, by their place in the data."""
-
-    count: int = 0
-    given: Mapping[int, Tensor] = field(default_factory=dict)
-
-
-class Groups:
-    """Rows in groups whose shape depends on the single row: filled up to a fixed number, padded to a fixed length.
-
-    A padded row shall always be one: some models take another path where nothing in a batch is padded.
-    """
-
-    def __init__(self, steps: Steps, loaded: Loaded) -> None:
-        self._steps = steps
-        self._longest = max_positions(loaded.model)
-        self._tokens = TOKENS.get(next(loaded.model.parameters()).device.type, TOKENS_ELSEWHERE)
-
-    def of(self, rows: Sequence[int]) -> list[list[int]]:
-        """The rows, each group of one shape and no larger than it may be."""
-        shapes: dict[tuple[int, int, int], list[int]] = {}
-        for i in rows:
-            shapes.setdefault(self._shape(self._steps.examples[i]), []).append(i)
-        return [
-            members[start : start + count]
-            for (count, *_), members in sorted(shapes.items())
-            for start in range(0, len(members), count)
-        ]
-
-    def _shape(self, example: Example) -> tuple[int, int, int]:
-        """(rows, length padded to, length where it is full) of the group that this row goes through in."""
-        if "length" not in example:
-            return PICTURES, 0, 0
-        length = example["length"]
-        unit = max(4, 1 << max(0, length.bit_length() - 4))  # at most an eighth is padding
-        width = (length // unit + 1) * unit
-        if self._longest and width > self._longest:
-            width = max(self._longest, length)
-        return max(2, self._tokens // width), width, length if length == width else 0
-
-    def run(
-        self, model: nn.Module, trunk: Trunk, rows: Sequence[int], *, shift: int = 0, lower: Lower | None = None
-    ) -> list[Tensor]:
-        """What the trunk makes of each. shift: how many places later the rows stand in their group.
-
-        lower: where it holds the first row of a group, it holds them all.
-        """
-        count, width, _ = self._shape(self._steps.examples[rows[0]])
-        filled = [rows[-1]] * shift + [*rows, *[rows[-1]] * (count - len(rows) - shift)]
-        batch = padded(self._steps.together(filled), width)
-        if lower is not None and rows[0] in lower.given:
-            tensor = trunk.run(model, batch, _together([lower.given[i] for i in filled], batch), lower.count)
-        else:
-            tensor = trunk.run(model, batch)
-        assert tensor is not None, "asked before"
-        return [one.to("cpu", copy=True) for one in _rows(tensor, batch)[shift : shift + len(rows)]]
-
-    def are_pure(self, model: nn.Module, trunk: Trunk) -> bool:
-        """Whether a row has the same digits in another place of its group and beside other rows."""
-        group = max(self.of(range(min(64, len(self._steps.examples)))), key=len)
-        together = self.run(model, trunk, group)
-        alone = self.run(model, trunk, group[:1], shift=1)
-        return torch.equal(together[0], alone[0])
-
-
-def content_key(example: Example) -> bytes:
-    """SHA-256 over what a model can be given of an example: its tensors. Plain values (row id, label) are the task's.
-
-    Its length stands in the shapes.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(example.items()):
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(bytes_of(value))
-    return digest.digest()
-
-
-def padded(batch: Batch, width: int) -> Batch:
-    """The batch with its rows padded to `width` tokens; as it is where no mask could hide the padding."""
-    mask = batch.get("attention_mask")
-    if mask is None or mask.shape[1] >= width:
-        return batch
-    length = mask.shape[1]
-
-    def wider(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != length:
-            return value
-        room = value.new_full((len(value), width - length, *value.shape[2:]), IGNORE if name == "labels" else 0)
-        return torch.cat([value, room], dim=1)
-
-    return {name: wider(name, value) for name, value in batch.items()}
+        return together([self._kept[self._keys[row]] for row in batch["row"]], batch)
 
 
 def _size(tensors: dict[bytes, Tensor]) -> int:
@@ -300,21 +198,3 @@ def _by_row(batch: Batch) -> bool:
     """Whether a batch holds each of its rows by itself."""
     rows = batch.get("row", [])
     return "position_ids" not in batch and len(rows) == memory.rows_of(batch) == len(set(rows))
-
-
-def _together(kept: list[Tensor], batch: Batch) -> Tensor:
-    """(B, ...) activations, with zeros where the batch is padded: the blocks above mask those places."""
-    if "attention_mask" not in batch:
-        return torch.stack(kept)
-    given = kept[0].new_zeros(len(kept), batch["attention_mask"].shape[1], *kept[0].shape[1:])
-    for row, one in zip(given, kept, strict=True):
-        row[: len(one)] = one
-    return given
-
-
-def _rows(tensor: Tensor, batch: Batch) -> list[Tensor]:
-    """One activation a row: real tokens alone where rows are padded at their end."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return list(tensor)
-    return [one[: int(count)] for one, count in zip(tensor, mask.sum(-1), strict=True)]
