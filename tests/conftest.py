@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub; set before transformers is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# no test may find what another left, nor clear what is a person's; those of the cache have their own folder
+os.environ["TUNEWRIGHT_CACHE"] = "off"
+os.environ["TUNEWRIGHT_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"tunewright-tests-{os.getpid()}")
 
 import copy
 import csv
 import json
 import random
 import re
-from pathlib import Path
 from typing import Any
 
 import promises

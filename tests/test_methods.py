@@ -12,6 +12,7 @@ from tunewright import find
 from tunewright.contracts import Method
 from tunewright.engine.evaluate import predict_rows
 from tunewright.errors import MethodError, RecipeError
+from tunewright.models import probe
 from tunewright.models.layout import layout_of, linear_names, max_positions, within
 from tunewright.models.probe import solve
 from tunewright.models.surgery import count_parameters
@@ -24,7 +25,8 @@ def blobs(n=120, width=5, classes=3, seed=0):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, n)
     centres = rng.normal(0, 1.0, (classes, width))
-    return rng.normal(0, 1, (n, width)) * [1, 10, 0.1, 3, 1] + centres[labels] * [1, 10, 0.1, 3, 1], labels
+    scale = np.resize([1, 10, 0.1, 3, 1], width)
+    return rng.normal(0, 1, (n, width)) * scale + centres[labels] * scale, labels
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 100.0])
@@ -39,6 +41,37 @@ def test_the_solved_head_is_scikit_learns_logistic_regression(strength, weighted
     weight, bias = solve(*tensors, 3, strength)
     ours = torch.softmax(tensors[0] @ weight.T + bias, dim=-1).numpy()
     assert np.abs(ours - oracle.predict_proba(scaled)).max() < 1e-4
+
+
+def test_more_numbers_than_rows_are_solved_alike():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    features, labels = blobs(n=40, width=90)
+    scaled = (features - features.mean(0)) / features.std(0)
+    oracle = sklearn.LogisticRegression(C=0.1, max_iter=10_000, tol=1e-10).fit(scaled, labels)
+    tensors = torch.tensor(features), torch.tensor(labels), torch.ones(len(labels), dtype=torch.float64)
+    weight, bias = solve(*tensors, 3, 0.1)
+    ours = torch.softmax(tensors[0] @ weight.T + bias, dim=-1).numpy()
+    assert np.abs(ours - oracle.predict_proba(scaled)).max() < 1e-4
+
+
+def test_the_strength_is_chosen_on_scores_that_scikit_learn_finds_too():
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    features, labels = blobs(width=30)
+    ones = torch.ones(len(labels), dtype=torch.float64)
+    chosen, scores = probe._choose_strength(torch.tensor(features), torch.tensor(labels), ones, 3)
+    folds = probe._folds(torch.tensor(labels)).numpy()
+    for strength, score in scores.items():
+        total = 0.0
+        for fold in range(probe.FOLDS):
+            inside, outside = folds != fold, folds == fold
+            mean, scale = features[inside].mean(0), features[inside].std(0)
+            model = sklearn.LogisticRegression(C=strength, max_iter=10_000, tol=1e-10)
+            model.fit((features[inside] - mean) / scale, labels[inside])
+            logprob = model.predict_log_proba((features[outside] - mean) / scale)
+            total -= logprob[np.arange(outside.sum()), labels[outside]].sum()
+        assert score == pytest.approx(total / len(labels), rel=2e-3, abs=5e-5), strength
+    assert chosen == min(scores, key=scores.get)
+    assert len(scores) == 11
 
 
 def test_the_solution_does_not_depend_on_the_order_of_rows():

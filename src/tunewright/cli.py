@@ -198,6 +198,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     verb("doctor", _doctor, "versions, device, missing extras, and self-tests of what training rests on")
     shell = verb("completion", _completion, "print a script that completes verbs, options and files in your shell")
     shell.add_argument("shell", choices=("bash", "zsh", "fish"))
+    cache = verb("cache", _cache, "what runs share on the disk (activations of frozen models): list it, or clear it")
+    cache.add_argument("what", nargs="?", choices=("list", "clear"), default="list", help="default: list")
     demo = verb("demo", _demo, "a few minutes from nothing to a verdict: support tickets, and pictures as a smoke test")
     demo.add_argument("--out", default="runs/demo", help="folder for the runs (default: runs/demo)")
     verb("tasks", lambda o: _list(o, "tasks"), "what can be learned")
@@ -467,6 +469,14 @@ def _completion(options: argparse.Namespace) -> int:
 
     script = completion(_parser()[0], options.shell)
     _result(options, {"shell": options.shell, "script": script}, script)
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from tunewright.uses.sharing import as_text, clear, listing
+
+    found = clear() if options.what == "clear" else listing()
+    _result(options, found, as_text(found))
     return 0
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from tunewright.recipe import ModelSpec
 
 Record = dict[str, Any]  # one row of the user's data: the task's fields, "row" (its id) and "extra" (other columns)
-Example = dict[str, Any]  # one record turned into tensors, not yet padded; key "row" is the row id
+Example = dict[str, Any]  # one record turned into tensors, not yet padded; key "row" is the row id, other plain values
+#                           (label, length) reach no frozen part of a model
 Batch = dict[str, Any]  # tensors whose first axis is B, or lists of length B (boxes, row ids)
 Prediction = dict[str, Any]  # plain Python values, ready for JSON
 
@@ -282,6 +283,8 @@ class Method(ABC):
     def start(self, model: nn.Module, task: Task, loaded: Loaded, batches: Iterable[Batch]) -> str | None:
         """Before the first step: initialise from data (EVA, sparse mask) or solve in closed form (head).
 
+        batches: every row once, in the order of the data, each to be looked at in eval mode before the next is taken.
+        Frozen blocks below all that trains may be left out meanwhile, as they are in training: nobody may hook them.
         A sentence that says how it was solved: there is nothing left to step. None: go on with steps.
         """
         return None

@@ -115,8 +115,11 @@ class Steps(Sequence[list[Batch]]):
     def once_over(self) -> Iterator[Batch]:
         """Every row once, in the order of the data, without augmentation."""
         for start in range(0, len(self.examples), self.batch_size):
-            stop = min(start + self.batch_size, len(self.examples))
-            yield self._collate([self.examples[i] for i in range(start, stop)])
+            yield self.together(range(start, min(start + self.batch_size, len(self.examples))))
+
+    def together(self, rows: Iterable[int]) -> Batch:
+        """These rows as one batch, without augmentation."""
+        return self._collate([self.examples[i] for i in rows])
 
 
 def derive_seed(*parts: object) -> int:

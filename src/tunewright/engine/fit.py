@@ -34,7 +34,7 @@ from tunewright.engine.distributed import (
 from tunewright.engine.finite import stop_unless_finite
 from tunewright.engine.interruption import Interrupted, leave_if_asked, protected
 from tunewright.engine.keeping import Keeper
-from tunewright.engine.precision import compute_as_stored, compute_in, suit_storage
+from tunewright.engine.precision import compute_as_stored, compute_in, precision_as_stored, suit_storage
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
 from tunewright.models.lean_norms import make_lean
@@ -88,8 +88,9 @@ def fit(
     for sentence in skipped:
         say(sentence)
     if found is None:
-        with compute_as_stored(model, place.device):
-            solved = method.start(model, task, loaded, steps.once_over())
+        trunk = TrunkCache(task, loaded, steps, place.device, precision_as_stored(model))
+        with compute_as_stored(model, place.device), trunk.once_over(model) as batches:
+            solved = method.start(model, task, loaded, batches)
         if solved:
             return State(stop=solved), model
 

@@ -49,7 +49,11 @@ def suit_storage(asked: str, chosen: Precision, model: nn.Module) -> tuple[Preci
 
 def compute_as_stored(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
     """Float32, but for a model with weights in half precision."""
-    return compute_in("bf16" if stores_half(model) else "float32", device)
+    return compute_in(precision_as_stored(model), device)
+
+
+def precision_as_stored(model: nn.Module) -> Precision:
+    return "bf16" if stores_half(model) else "float32"
 
 
 def compute_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

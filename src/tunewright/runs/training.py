@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +212,8 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
     torch.set_num_threads(threads)
     precision, why = choose_precision(recipe.train.precision, device, stored.get("precision"))
     say(f"Device {device.type} ({why_device}), {threads} threads ({why_threads}), precision {precision} ({why}).")
-    import peft
-    import transformers
-
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    # asked of the installation, not of the library: importing peft takes three seconds that most methods can do without
+    versions = {"torch": torch.__version__} | {name: metadata.version(name) for name in ("transformers", "peft")}
     changed = [f"{name} {stored[name]}, now {now}" for name, now in versions.items() if stored.get(name, now) != now]
     if changed:
         say(f"This run began with {', '.join(changed)}: its end may differ from an uninterrupted one.")
