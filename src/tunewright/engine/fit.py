@@ -265,8 +265,8 @@ def clip(model: nn.Module, limit: float) -> float:
     """The norm of all gradients together; scaled down to `limit` where it is larger (0: never)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-    if norm.isfinite():  # else gradients stay as they are: they tell where it began
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    if limit and limit < norm + 1e-6 < math.inf:  # not finite: gradients stay as they are, they tell where it began
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
 
 

@@ -28,6 +28,7 @@ from tunewright.contracts import Loaded
 from tunewright.errors import Fault, ModelError, nearest
 from tunewright.models import quantize, vocabulary
 from tunewright.models.layout import layout_of, within
+from tunewright.models.products import use_onednn
 from tunewright.recipe import ModelSpec
 
 CONNECT_SECONDS = 2.0  # a hub that takes no connection by then is away; transformers alone would try for 24 to 47 s
@@ -233,6 +234,9 @@ def open_checkpoint(auto_class: str, spec: ModelSpec, processor: Any, **config: 
         notes.append(f"New and random, because the checkpoint has none that fits: {', '.join(fresh)}.")
     if report["unexpected_keys"]:
         notes.append(f"{len(report['unexpected_keys'])} weights of the checkpoint are not used (another head).")
+    products = use_onednn()
+    if not torch.cuda.is_available():
+        notes.append(products)
     origin = {"checkpoint": spec.checkpoint, "revision": spec.revision or "", "sha256": weights_digest(folder)}
     loaded = Loaded(model, processor, layout, fresh=fresh, origin=origin, notes=notes)
     vocabulary.grow(loaded)
