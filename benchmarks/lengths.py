@@ -25,6 +25,8 @@ class Measured(Exception):
 
 def measure(asked: argparse.Namespace, method: str, seed: int, by_length: bool) -> dict[str, float]:
     """One run: its scores on the test rows."""
+    import torch
+
     import tunewright.runs.training as training
     from tunewright.data.batches import Examples
     from tunewright.engine.evaluate import overall, predict_rows, score_rows
@@ -33,6 +35,7 @@ def measure(asked: argparse.Namespace, method: str, seed: int, by_length: bool) 
     plain = training.fit, training._answers
 
     def fit(task: Any, method: Any, loaded: Any, steps: Any, *args: Any, **named: Any) -> Any:
+        torch.set_num_threads(1)
         if not by_length:
             steps._lengths = None
         return plain[0](task, method, loaded, steps, *args, **named)

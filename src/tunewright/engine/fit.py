@@ -37,7 +37,7 @@ from tunewright.engine.keeping import Keeper
 from tunewright.engine.precision import compute_as_stored, compute_in, suit_storage
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
-from tunewright.models.surgery import set_mode
+from tunewright.models.surgery import channels_last, plain_layout, set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
 
@@ -77,6 +77,7 @@ def fit(
     torch.manual_seed(derive_seed(seed, "apply"))  # new adapters are drawn here; a resumed run overwrites them
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
+    loaded.notes += filter(None, [channels_last(model, place.device)] if share()[1] == 1 else [])
     precision, why = suit_storage(train.precision, place.precision, model)
     if why:
         say(f"Precision {precision}: {why}.")
@@ -89,6 +90,7 @@ def fit(
         with compute_as_stored(model, place.device):
             solved = method.start(model, task, loaded, steps.once_over())
         if solved:
+            plain_layout(model)
             return State(stop=solved), model
 
     rate = train.learning_rate if train.learning_rate is not None else method.recommended()[0]
@@ -180,6 +182,7 @@ def fit(
     if train.early_stopping_patience and state.best_step is not None and state.best_step != state.step:
         method.restore(model, keep.best(state.best_step))
         say(f"The weights of step {state.best_step} are kept: the best on validation.")
+    plain_layout(model)
     for callback in callbacks:
         callback.on_end(state, model)
     return state, model
