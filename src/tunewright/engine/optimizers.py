@@ -62,8 +62,7 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
         parameter = by_name[name]
         counts = key == "step" and not optimizer.defaults.get("fused")  # elsewhere torch counts steps on the CPU
         value = value if counts else value.to(parameter.device)
-        # kernels that go over weights and moments at once take both to be laid out alike (channels innermost, say)
-        alike = key != "step" and value.shape == parameter.shape
-        optimizer.state[parameter][key] = (
-            torch.empty_like(parameter, dtype=value.dtype).copy_(value) if alike else value
-        )
+        if key != "step" and value.shape == parameter.shape:
+            # kernels that go over weights and moments at once take both to be laid out alike (channels innermost, say)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = value

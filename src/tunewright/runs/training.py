@@ -211,6 +211,8 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
     torch.set_num_threads(threads)
     precision, why = choose_precision(recipe.train.precision, device, stored.get("precision"))
     say(f"Device {device.type} ({why_device}), {threads} threads ({why_threads}), precision {precision} ({why}).")
+    allocator = memory.keep_pages()
+    say(allocator or "Freed memory goes back to the system after every step: this is not glibc.")
     import peft
     import transformers
 
@@ -222,7 +224,7 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
         stored = {
             "tunewright": __version__, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
-            "precision": precision, "precision_reason": why, "seed": recipe.seed,
+            "precision": precision, "precision_reason": why, "allocator": allocator, "seed": recipe.seed,
             "ranks": distributed.size(), **_commit(),
         }  # fmt: skip
         if is_first():
