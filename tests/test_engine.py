@@ -278,6 +278,34 @@ def test_optimizer_state_by_name_gives_the_same_next_step(name):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+def test_adamw_in_one_pass_is_torchs_plain_adamw():
+    """Twenty steps with decay and two rates: weights and moments as torch's own loop over tensors has them."""
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(torch.nn.Linear(37, 19), torch.nn.LayerNorm(19), torch.nn.Linear(19, 3))
+    two, x = copy.deepcopy(one), torch.randn(8, 37)
+    fast = optimizers.build("adamw", _two_groups(one))
+    plain = torch.optim.AdamW(_two_groups(two), betas=(0.9, 0.999), eps=1e-8, fused=False, foreach=False)
+    assert fast.defaults["fused"]
+    for _ in range(20):
+        for model, optimizer in ((one, fast), (two, plain)):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    before, after = optimizers.state_by_name(plain), optimizers.state_by_name(fast)
+    assert set(before) == set(after)
+    assert len(before) == 3 * 6
+    for a, b in [*((before[k], after[k]) for k in before), *zip(one.parameters(), two.parameters(), strict=True)]:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def _two_groups(model):
+    named = list(model.named_parameters())
+    return [
+        {"params": named[:1], "lr": 0.03, "weight_decay": 0.1},
+        {"params": named[1:], "lr": 0.01, "weight_decay": 0.0},
+    ]
+
+
 def test_c32_adamw_decays_matrices_only(tiny_recipe):
     ready = checking.prepare(tiny_recipe())
     _, loaded = checking.load(ready)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +197,38 @@ def test_memory_that_is_wanting_elsewhere_is_no_fault_of_ours(tiny_recipe, tmp_p
     assert code == 1
     assert "memory does not reach; got CUDA out of memory" in said
     assert "Traceback" not in said
+
+
+# ------------------------------------------------------------------------ freed pages
+PAGES = """
+import resource, sys
+import torch
+from tunewright.engine import memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(8 << 20)  # 32 MB: 8,192 pages of 4 kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain, said = faults(), memory.keep_pages()
+faults()
+kept = faults()
+memory.give_back()
+print(plain, kept, faults(), said)
+"""
+
+
+@pytest.mark.skipif(memory._libc() is None, reason="this is not glibc")
+def test_freed_memory_stays_for_the_next_step_and_is_given_back_when_wanting():
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
+    plain, kept, after, said = done.stdout.split(" ", 3)
+    assert "stays with the process" in said
+    assert int(kept) * 20 < int(plain)
+    assert int(after) > 20 * max(int(kept), 1)
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(memory, "_libc", lambda: None)
+    assert memory.keep_pages() == ""
+    memory.give_back()

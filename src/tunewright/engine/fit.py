@@ -38,7 +38,7 @@ from tunewright.engine.precision import compute_as_stored, compute_in, precision
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
 from tunewright.models.lean_norms import make_lean
-from tunewright.models.surgery import set_mode
+from tunewright.models.surgery import channels_last, plain_layout, set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
 
@@ -79,6 +79,8 @@ def fit(
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
     make_lean(model)
+    if share()[1] == 1 and (laid_out := channels_last(model, place.device)):
+        loaded.notes.append(laid_out)
     precision, why = suit_storage(train.precision, place.precision, model)
     if why:
         say(f"Precision {precision}: {why}.")
@@ -92,6 +94,7 @@ def fit(
         with compute_as_stored(model, place.device), trunk.once_over(model) as batches:
             solved = method.start(model, task, loaded, batches)
         if solved:
+            plain_layout(model)
             return State(stop=solved), model
 
     rate = train.learning_rate if train.learning_rate is not None else method.recommended()[0]
@@ -183,6 +186,7 @@ def fit(
     if train.early_stopping_patience and state.best_step is not None and state.best_step != state.step:
         method.restore(model, keep.best(state.best_step))
         say(f"The weights of step {state.best_step} are kept: the best on validation.")
+    plain_layout(model)
     for callback in callbacks:
         callback.on_end(state, model)
     return state, model
@@ -268,8 +272,8 @@ def clip(model: nn.Module, limit: float) -> float:
     """The norm of all gradients together; scaled down to `limit` where it is larger (0: never)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
-    if norm.isfinite():  # else gradients stay as they are: they tell where it began
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
+    if limit and limit < norm + 1e-6 < math.inf:  # not finite: gradients stay as they are, they tell where it began
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm.item()
 
 

@@ -6,7 +6,9 @@ what they mean.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +19,8 @@ from tunewright.engine.packing import cut_documents, documents_of
 from tunewright.errors import Fault, TrainError
 
 LESS = "Shorter inputs, train.gradient_checkpointing=true, method=lora or a smaller model need less."
+# glibc's mallopt: how many blocks may be maps of their own, what stays at the end of the heap, by how much it grows
+KEEPING = {-4: 0, -1: 1 << 30, -2: 16 << 20}
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")
 
 
@@ -31,8 +35,31 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def keep_pages() -> str:
+    """Let freed memory stay with the process, up to 1 GB, for the next step; a sentence on it, "" where it cannot be.
+
+    As glibc comes, every large block is a map of its own: given back when freed, and made of zeroed pages when asked
+    for again. 47 MB of zeros took 33 ms that way and 3 ms this way (one core of a virtual machine, 2026-11).
+    """
+    libc = _libc()
+    if libc is None or not all([libc.mallopt(which, value) for which, value in KEEPING.items()]):
+        return ""
+    return "Freed memory stays with the process for the next step (glibc)."
+
+
+def _libc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    except OSError:
+        return None
+    return libc if libc and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
 def give_back() -> None:
-    """What is cached but not used goes back to the device."""
+    """What is cached but not used goes back to the device, or to the machine."""
+    if libc := _libc():
+        libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

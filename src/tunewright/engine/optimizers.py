@@ -11,7 +11,7 @@ from torch import Tensor
 LATE_WARMUP = 10  # steps over which newly unfrozen groups reach their rate, a twentieth of a short run's at most
 # Adam with bias correction (without it short runs on few rows are unstable), and no decay unless the group says so.
 MAKERS: dict[str, Any] = {
-    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8),
+    "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=_in_one_pass(groups)),
     "sgd": lambda groups: torch.optim.SGD(groups),
     "adafactor": lambda groups: torch.optim.Adafactor(groups),
 }
@@ -23,6 +23,12 @@ def build(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def _in_one_pass(groups: list[dict[str, Any]]) -> bool:
+    """Whether torch has a kernel that updates everything in one pass: floats on a CPU or a CUDA device."""
+    parameters = [p for group in groups for _, p in group["params"]]
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0, total: int = 1, warmup: int = 0) -> float:
@@ -54,4 +60,9 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
     for full, value in tensors.items():
         name, _, key = full.partition("::")
         parameter = by_name[name]
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        counts = key == "step" and not optimizer.defaults.get("fused")  # elsewhere torch counts steps on the CPU
+        value = value if counts else value.to(parameter.device)
+        if key != "step" and value.shape == parameter.shape:
+            # kernels that go over weights and moments at once take both to be laid out alike (channels innermost, say)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = value

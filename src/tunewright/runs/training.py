@@ -212,6 +212,7 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
     torch.set_num_threads(threads)
     precision, why = choose_precision(recipe.train.precision, device, stored.get("precision"))
     say(f"Device {device.type} ({why_device}), {threads} threads ({why_threads}), precision {precision} ({why}).")
+    allocator = memory.keep_pages()
     # asked of the installation, not of the library: importing peft takes three seconds that most methods can do without
     versions = {"torch": torch.__version__} | {name: metadata.version(name) for name in ("transformers", "peft")}
     changed = [f"{name} {stored[name]}, now {now}" for name, now in versions.items() if stored.get(name, now) != now]
@@ -221,7 +222,7 @@ def _workplace(run: RunDir, recipe: Recipe, say: Say) -> Workplace:
         stored = {
             "tunewright": __version__, "python": platform.python_version(), **versions,
             "platform": platform.platform(), "device": device.type, "device_name": why_device, "threads": threads,
-            "precision": precision, "precision_reason": why, "seed": recipe.seed,
+            "precision": precision, "precision_reason": why, "allocator": allocator, "seed": recipe.seed,
             "ranks": distributed.size(), **_commit(),
         }  # fmt: skip
         if is_first():
