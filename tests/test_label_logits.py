@@ -152,9 +152,13 @@ def test_a_batch_without_labels_costs_nothing_and_has_gradients_of_nought():
     assert all(not g.any() for g in gradients(model, found, 1.0).values())
 
 
-def test_bf16_agrees_as_far_as_its_digits_go():
+@pytest.mark.parametrize("stored", [False, True])
+def test_bf16_agrees_as_far_as_its_digits_go(stored):
+    """Computed in bf16, or stored in it and computed as stored."""
     model, batch = model_of("Llama"), batch_of()
-    with torch.autocast("cpu", torch.bfloat16):
+    if stored:
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not stored):
         ours, theirs = causal_logprob(model, batch), plain(model, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     got, wanted = gradients(model, ours, 1.0), gradients(model, theirs, 1.0)

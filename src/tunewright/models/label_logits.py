@@ -210,15 +210,15 @@ def _written_out(head: Head, slopes: Slopes) -> Take | None:
 
     @torch.no_grad()
     def take(piece: Tensor, labels: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        given = _in_kind(piece.detach())
+        given = piece.detach().to(weight.dtype)
         scores, slope = slopes(nn.functional.linear(given, weight, bias), labels)
         if factors is not None:
             slope.mul_(factors.unsqueeze(-1))
-        thin = _in_kind(slope)
+        thin = slope.to(weight.dtype)
         by_weight: list[Tensor | None] = [
             (thin.T @ given).float() if is_weight else slope.sum(0) for is_weight in trains
         ]
-        return scores, thin @ weight, by_weight
+        return scores, (thin @ weight).to(piece.dtype), by_weight
 
     return take
 
