@@ -58,8 +58,9 @@ def tree(work: Work, configuration: str, inputs: dict[str, str]) -> dict[str, An
     }  # fmt: skip
     if method["name"] == work.method:
         train["learning_rate"] = work.rate
+    model = {"checkpoint": inputs["model"], "dtype": "bfloat16"} if configuration == "half" else inputs["model"]
     return {
-        "model": inputs["model"], "task": TASKS[work.kind], "method": method, "train": train,
+        "model": model, "task": TASKS[work.kind], "method": method, "train": train,
         "data": {"train": inputs["train"], "test": inputs["test"]}, "evaluate": {"quick": True},
         "seed": 1 if configuration.endswith("seed") else 0,
     }  # fmt: skip

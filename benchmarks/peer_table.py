@@ -88,8 +88,9 @@ def claims(group: Group) -> list[list[str]]:
         return [claim(group, cold, warm, work.target, key) for key in ("cpu_s", "whole_cpu_s") for warm, cold in pairs]
     best = group.best()
     found = [claim(group, best, side, work.target, "cpu_s") for side in group.runs if side.startswith(OURS) and best]
-    if work.memory and best and OURS in group.runs:
-        found.append(claim(group, OURS, group.best("peak_mb"), work.memory, "peak_mb", "at most"))
+    if work.memory and best:
+        found += [claim(group, side, group.best("peak_mb"), work.memory, "peak_mb", "at most")
+                  for side in group.runs if side.startswith(OURS)]  # fmt: skip
     return found
 
 

@@ -18,6 +18,7 @@ VOCABULARY = 32_000
 SIDES = {
     "tunewright": "ours, as a user gets it",
     "tunewright-steps": "ours, `method.solver: steps`: as many gradient steps as the Trainer takes",
+    "tunewright-half": "ours, `model.dtype: bfloat16`: frozen weights stored in bf16",
     "trainer": "transformers.Trainer (+ peft), rows padded to the longest of their batch",
     "trainer-grouped": "Trainer, `train_sampling_strategy=group_by_length`",
     "trainer-grouped-half": "Trainer, group_by_length, frozen weights stored in bf16",
@@ -82,7 +83,7 @@ BUSY = tuple(f"{who}-{where}" for where in ("alone", *BESIDE) for who in (OURS, 
 
 def _sft(base: str, rows: int, target: float, bf16: float) -> list[Work]:
     fp32 = Work(f"sft-lora-{base}", "sft", base, "lora", (*PADDED, "trainer-flat", *TRL), rows, 2e-4, target)
-    sides = (*PADDED, "trainer-grouped-half", "trainer-flat", "trainer-flat-half", *TRL, "trl-free-half")
+    sides = (*PADDED, "tunewright-half", "trainer-grouped-half", "trainer-flat", "trainer-flat-half", *TRL, "trl-free-half")
     return [fp32, Work(f"{fp32.name}-bf16", "sft", base, "lora", sides, rows, 2e-4, bf16, "bf16", memory=0.4)]
 
 
