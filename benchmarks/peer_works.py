@@ -83,7 +83,8 @@ BUSY = tuple(f"{who}-{where}" for where in ("alone", *BESIDE) for who in (OURS, 
 
 def _sft(base: str, rows: int, target: float, bf16: float) -> list[Work]:
     fp32 = Work(f"sft-lora-{base}", "sft", base, "lora", (*PADDED, "trainer-flat", *TRL), rows, 2e-4, target)
-    sides = (*PADDED, "tunewright-half", "trainer-grouped-half", "trainer-flat", "trainer-flat-half", *TRL, "trl-free-half")
+    half = ("tunewright-half", "trainer-grouped-half", "trainer-flat-half", "trl-free-half")
+    sides = (*PADDED, "trainer-flat", *TRL, *half)
     return [fp32, Work(f"{fp32.name}-bf16", "sft", base, "lora", sides, rows, 2e-4, bf16, "bf16", memory=0.4)]
 
 
