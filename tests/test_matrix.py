@@ -225,7 +225,8 @@ def test_the_lines_of_the_card_open_every_result_without_us(cell, tmp_path, task
     theirs = load_file(tmp_path / "theirs.safetensors")
     assert theirs.keys() == ours.keys()
     for method, logits in ours.items():
-        measured(11, value=float((theirs[method] - logits).abs().max()))
+        # of the largest logit where that is above 1: the other process leaves its products to another library
+        measured(11, value=float((theirs[method] - logits).abs().max() / logits.abs().max().clamp_min(1)))
         torch.testing.assert_close(theirs[method], logits, atol=1e-5, rtol=1e-4, msg=method)
     several = torch.stack([logits for logits in ours.values()])
     assert several.std(0).max() > 1e-3, "the methods ended in different places"
