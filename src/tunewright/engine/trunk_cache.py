@@ -165,7 +165,9 @@ class TrunkCache:
         blocks = f"{len(self._trunk.below)} of {len(self._loaded.layout.blocks)} blocks"
         found = f"; {there} of them were there from earlier runs" if there else ""
         found += f"; {lower} went on from what earlier runs kept further down" if lower else ""
-        shared = "" if store else f"; not shared with other runs: {why}"
+        shared = f"; not shared with other runs: {why}"
+        if store:
+            shared = "; later runs on this machine find it there, `tunewright cache clear` takes it away"
         self._loaded.notes += [
             f"The frozen trunk ran once: what {blocks} make of {len(self._keys)} rows is kept "
             f"({_size(self._kept) / 1e6:.3g} MB){found}{shared}.",
