@@ -86,7 +86,7 @@ def _documents(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, *, mask_function: Any,
     attention_mask: Tensor | None = None, allow_is_causal_skip: bool = True, use_vmap: bool = False, **rest: Any,
 ) -> Tensor | None:  # fmt: skip
-    """(documents, 3) int64: row, first place, place after the last; or transformers' own mask.
+    """(documents, 3) int32, as no mask is: row, first place, place after the last; or transformers' own mask.
 
     A document begins where a token must not look at the token before it.
     """
@@ -106,7 +106,7 @@ def _documents(
     begins[:, 1:] = ~looks.cpu()
     row, first = begins.nonzero(as_tuple=True)
     ends = torch.cat([first[1:], first.new_tensor([q_length])])
-    return torch.stack([row, first, torch.where(ends > first, ends, q_length)], dim=-1)
+    return torch.stack([row, first, torch.where(ends > first, ends, q_length)], dim=-1).int()
 
 
 def _attend(
@@ -114,7 +114,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """(B, T, H, D) from query (B, H, T, D), key and value (B, K, T, D)."""
     sdpa = _own_sdpa()
-    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.dtype != torch.int64:
+    if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
     if foreign := [name for name in FOREIGN if named.get(name) is not None]:
         raise ValueError(f"{', '.join(foreign)} cannot be had document by document")
