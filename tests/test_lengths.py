@@ -10,11 +10,11 @@ from tunewright.data.batches import Steps
 SIZES = np.random.default_rng(0).geometric(0.02, 403).tolist()  # skewed, as texts are: median 35, longest 300
 
 
-def steps_of(batch_size: int = 8, accumulation: int = 1, lengths=SIZES, share=(0, 1), seed: int = 3) -> Steps:
+def steps_of(batch_size: int = 8, accumulation: int = 1, lengths=SIZES, share=(0, 1), seed: int = 3, tokens=None):
     return Steps(
         [{"row": str(i)} for i in range(len(SIZES))], lambda examples: {"row": [e["row"] for e in examples]},
         lambda example, rng: example, seed=seed, batch_size=batch_size, accumulation=accumulation, epochs=2,
-        max_steps=None, share=share, lengths=lengths,
+        max_steps=None, share=share, lengths=lengths, tokens=tokens,
     )  # fmt: skip
 
 
@@ -61,3 +61,40 @@ def test_how_a_step_is_cut_changes_none_of_its_rows():
 def test_long_and_short_steps_come_in_no_order():
     means = [np.mean([SIZES[r] for r in rows(steps_of()[i])]) for i in range(50)]
     assert abs(np.corrcoef(means, np.arange(50))[0, 1]) < 0.4
+
+
+def tokens_of(batch, *, padded: bool) -> int:
+    sizes = [SIZES[int(row)] for row in batch["row"]]
+    return max(sizes) * len(sizes) if padded else sum(sizes)
+
+
+@pytest.mark.promise(5)
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_micro_batches_are_of_like_size_and_hold_the_same_rows(padded, accumulation):
+    lengths = SIZES if padded else None
+    plain = steps_of(accumulation=accumulation, lengths=lengths)
+    even = steps_of(accumulation=accumulation, lengths=lengths, tokens=SIZES)
+    loads = []
+    for i in range(len(plain)):
+        assert sorted(rows(plain[i])) == sorted(rows(even[i]))
+        assert all(len(batch["row"]) <= 8 for batch in even[i])
+        loads += [tokens_of(batch, padded=padded) for batch in even[i]]
+    largest = max(tokens_of(batch, padded=padded) for i in range(len(plain)) for batch in plain[i])
+    assert max(loads) <= max(even.most, max(SIZES)) < 0.8 * largest
+    pieces = [len(even[i]) for i in range(len(even))]
+    assert sum(pieces) < 1.7 * sum(len(plain[i]) for i in range(len(plain)))  # most steps stay whole
+
+
+def test_rows_of_one_length_are_cut_by_their_number_alone():
+    plain = steps_of(tokens=None, lengths=None)
+    even = steps_of(tokens=[40] * len(SIZES), lengths=None)
+    assert [sorted(rows([b])) for b in plain[3]] == [sorted(rows([b])) for b in even[3]]
+
+
+@pytest.mark.promise(5)
+def test_ranks_share_the_micro_batches_of_a_step():
+    whole = steps_of(4, 2, tokens=SIZES)
+    ranks = [steps_of(4, 1, share=(rank, 2), tokens=SIZES) for rank in (0, 1)]
+    for i in (0, 7, 50, 51, 101):
+        assert sorted(rows(whole[i])) == sorted(row for rank in ranks for row in rows(rank[i]))

@@ -18,6 +18,7 @@ from torch import Tensor
 from tunewright.contracts import Batch, Example, Record
 
 WINDOW = 50  # steps within which rows of like length come together, at most a quarter of a pass (as in transformers)
+SLACK = 1.5  # a micro-batch may hold so many times the tokens of `batch_size` rows of mean length
 MEMORY = 2 << 30  # bytes of encoded examples kept; beyond that they are encoded again when needed
 
 
@@ -60,10 +61,12 @@ class Steps(Sequence[list[Batch]]):
         max_steps: int | None,
         share: tuple[int, int] = (0, 1),
         lengths: Sequence[int] | None = None,
+        tokens: Sequence[int] | None = None,
     ) -> None:
         """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none.
 
         lengths: of every example, where rows of like length shall share a step, so that less is padded.
+        tokens: of every example, where a step may be cut so that no micro-batch is much larger than the others.
         """
         self.examples, self._collate, self._augment = examples, collate, augment
         self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation * share[1]
@@ -71,6 +74,8 @@ class Steps(Sequence[list[Batch]]):
         self.per_epoch = math.ceil(len(examples) / self._rows)
         self._total = max_steps or max(1, round(epochs * self.per_epoch))
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._tokens = None if tokens is None else np.asarray(tokens)
+        self.most = None if self._tokens is None else math.ceil(SLACK * batch_size * float(self._tokens.mean()))
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -85,9 +90,17 @@ class Steps(Sequence[list[Batch]]):
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffled(epoch))
         chosen = self._order[1][place * self._rows : (place + 1) * self._rows]
-        cut = [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
         rank, size = self._share
-        return [self._collate([self._drawn(epoch, int(i)) for i in rows]) for rows in cut[rank::size]]
+        return [self._collate([self._drawn(epoch, int(i)) for i in rows]) for rows in self._cut(chosen)[rank::size]]
+
+    def _cut(self, chosen: np.ndarray) -> list[np.ndarray]:
+        """A step's rows as micro-batches of at most `batch_size` rows; where tokens are known, of like size too."""
+        if self._tokens is None or self.most is None:
+            return [chosen[i : i + self.batch_size] for i in range(0, len(chosen), self.batch_size)]
+        rows = chosen[np.argsort(-self._tokens[chosen], kind="stable")]
+        alike, sizes = self._lengths is not None, self._tokens[rows].tolist()
+        cut = _of_like_length if alike else _evenly
+        return [rows[np.asarray(places)] for places in cut(sizes, self.batch_size, self.most)]
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         """All rows in the order of this pass. By length: windows of shuffled rows are sorted, then steps are shuffled.
@@ -120,6 +133,28 @@ class Steps(Sequence[list[Batch]]):
     def together(self, rows: Iterable[int]) -> Batch:
         """These rows as one batch, without augmentation."""
         return self._collate([self.examples[i] for i in rows])
+
+
+def _of_like_length(sizes: Sequence[int], rows: int, most: int) -> list[list[int]]:
+    """Places of rows that will be padded, in order of size, the longest first: neighbours, while they fit."""
+    found: list[list[int]] = []
+    for i in range(len(sizes)):
+        if not found or len(found[-1]) == rows or sizes[found[-1][0]] * (len(found[-1]) + 1) > most:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def _evenly(sizes: Sequence[int], rows: int, most: int) -> list[list[int]]:
+    """Places of rows that will be packed, the longest first, each to where least is: as few parts as suffice."""
+    parts = max(math.ceil(len(sizes) / rows), math.ceil(sum(sizes) / most))
+    found: list[list[int]] = [[] for _ in range(min(parts, len(sizes)))]
+    filled = [0] * len(found)
+    for i, size in enumerate(sizes):
+        place = min((b for b in range(len(found)) if len(found[b]) < rows), key=lambda b: filled[b])
+        found[place].append(i)
+        filled[place] += size
+    return found
 
 
 def derive_seed(*parts: object) -> int:

@@ -200,15 +200,22 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
     if lost := _left_out(prepared.data.train, rows):
         prepared.data.facts["left_out"] = {"rows": len(lost), "of": len(prepared.data.train), "ids": lost}
     examples, collate = Examples(rows, lambda record: task.encode(record, loaded)), _collate(prepared, task, loaded)
-    sizes = None if collate != task.collate or task.couples_rows else _sizes(examples)
-    if sizes:
+    sizes = None if task.couples_rows else _sizes(examples)
+    padded = collate == task.collate
+    if sizes and padded:
         loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
-    return Steps(
-        examples, collate, task.augment, lengths=sizes,
+    steps = Steps(
+        examples, collate, task.augment, lengths=sizes if padded else None, tokens=sizes,
         seed=prepared.recipe.seed, batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps, epochs=train.num_train_epochs, max_steps=train.max_steps,
         share=distributed.share(),
     )  # fmt: skip
+    if steps.most:
+        loaded.notes.append(
+            f"Micro-batches hold {steps.batch_size} rows and {steps.most} tokens at most, so that none needs much more "
+            "memory than the others; what a step learns from stays the same."
+        )
+    return steps
 
 
 def _sizes(examples: Sequence[Example]) -> list[int] | None:
