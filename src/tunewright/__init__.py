@@ -29,6 +29,10 @@ __all__ = ["Recipe", "Run", "__version__", "check", "compare", "load", "train"]
 # Read by OpenMP when torch is imported, so it stands here and not in the engine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# oneDNN keeps a product for every shape it has met, with its working memory: 0.6 GB over 32 steps of packed rows, each
+# of another length (docs/performance.md). The last 128 serve a step as well. Read when torch first multiplies.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from tunewright.engine.precision import compute_as_stored, compute_in, precision
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
 from tunewright.models.lean_norms import make_lean
+from tunewright.models.lean_rotary import turn_leanly
 from tunewright.models.surgery import channels_last, plain_layout, set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
@@ -79,6 +80,7 @@ def fit(
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
     make_lean(model)
+    turn_leanly(model)
     if share()[1] == 1 and (laid_out := channels_last(model, place.device)):
         loaded.notes.append(laid_out)
     precision, why = suit_storage(train.precision, place.precision, model)
