@@ -10,11 +10,13 @@ from tunewright.data.batches import Steps
 SIZES = np.random.default_rng(0).geometric(0.02, 403).tolist()  # skewed, as texts are: median 35, longest 300
 
 
-def steps_of(batch_size: int = 8, accumulation: int = 1, lengths=SIZES, share=(0, 1), seed: int = 3, tokens=None):
+def steps_of(
+    batch_size: int = 8, accumulation: int = 1, lengths=SIZES, share=(0, 1), seed: int = 3, tokens=None, most=None
+):
     return Steps(
         [{"row": str(i)} for i in range(len(SIZES))], lambda examples: {"row": [e["row"] for e in examples]},
         lambda example, rng: example, seed=seed, batch_size=batch_size, accumulation=accumulation, epochs=2,
-        max_steps=None, share=share, lengths=lengths, tokens=tokens,
+        max_steps=None, share=share, lengths=lengths, tokens=tokens, most=most,
     )  # fmt: skip
 
 
@@ -84,6 +86,16 @@ def test_micro_batches_are_of_like_size_and_hold_the_same_rows(padded, accumulat
     assert max(loads) <= max(even.most, max(SIZES)) < 0.8 * largest
     pieces = [len(even[i]) for i in range(len(even))]
     assert sum(pieces) < 1.7 * sum(len(plain[i]) for i in range(len(plain)))  # most steps stay whole
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_limit_of_tokens_is_kept_but_by_single_long_rows(padded):
+    limited = steps_of(lengths=SIZES if padded else None, tokens=SIZES, most=200)
+    assert limited.most == 200
+    assert sum(len(limited[i]) for i in range(51)) > 2 * 51
+    for i in range(51):
+        longest = max(SIZES[row] for row in rows(limited[i]))
+        assert max(tokens_of(batch, padded=padded) for batch in limited[i]) <= max(200, longest)
 
 
 def test_rows_of_one_length_are_cut_by_their_number_alone():

@@ -62,11 +62,13 @@ class Steps(Sequence[list[Batch]]):
         share: tuple[int, int] = (0, 1),
         lengths: Sequence[int] | None = None,
         tokens: Sequence[int] | None = None,
+        most: int | None = None,
     ) -> None:
         """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none.
 
         lengths: of every example, where rows of like length shall share a step, so that less is padded.
         tokens: of every example, where a step may be cut so that no micro-batch is much larger than the others.
+        most: tokens of a micro-batch at most, where that is less; a row that is longer by itself stays whole.
         """
         self.examples, self._collate, self._augment = examples, collate, augment
         self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation * share[1]
@@ -75,7 +77,10 @@ class Steps(Sequence[list[Batch]]):
         self._total = max_steps or max(1, round(epochs * self.per_epoch))
         self._lengths = None if lengths is None else np.asarray(lengths)
         self._tokens = None if tokens is None else np.asarray(tokens)
-        self.most = None if self._tokens is None else math.ceil(SLACK * batch_size * float(self._tokens.mean()))
+        self.most = None
+        if self._tokens is not None:
+            even = math.ceil(SLACK * batch_size * float(self._tokens.mean()))
+            self.most = even if most is None else min(even, most)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -147,14 +152,17 @@ def _of_like_length(sizes: Sequence[int], rows: int, most: int) -> list[list[int
 
 def _evenly(sizes: Sequence[int], rows: int, most: int) -> list[list[int]]:
     """Places of rows that will be packed, the longest first, each to where least is: as few parts as suffice."""
-    parts = max(math.ceil(len(sizes) / rows), math.ceil(sum(sizes) / most))
-    found: list[list[int]] = [[] for _ in range(min(parts, len(sizes)))]
-    filled = [0] * len(found)
-    for i, size in enumerate(sizes):
-        place = min((b for b in range(len(found)) if len(found[b]) < rows), key=lambda b: filled[b])
-        found[place].append(i)
-        filled[place] += size
-    return found
+    parts = max(math.ceil(len(sizes) / rows), min(len(sizes), math.ceil(sum(sizes) / most)))
+    while True:
+        found: list[list[int]] = [[] for _ in range(parts)]
+        filled = [0] * parts
+        for i, size in enumerate(sizes):
+            place = min((b for b in range(parts) if len(found[b]) < rows), key=lambda b: filled[b])
+            found[place].append(i)
+            filled[place] += size
+        if max(filled) <= max(most, sizes[0]) or parts == len(sizes):
+            return found
+        parts += 1
 
 
 def derive_seed(*parts: object) -> int:

@@ -29,6 +29,7 @@ from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
 from tunewright.runs.evidence.verdict import visible_sentence
 
+PROCESSOR_MOST = 1024  # tokens: a processor multiplies 256 rows as fast as more (docs/performance.md), in less memory
 MANY_ROWS = 5000  # from here on encoding them takes long enough to show how far it is
 
 
@@ -206,6 +207,7 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
         loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
     steps = Steps(
         examples, collate, task.augment, lengths=sizes if padded else None, tokens=sizes,
+        most=PROCESSOR_MOST if distributed.choose_device()[0].type == "cpu" else None,
         seed=prepared.recipe.seed, batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps, epochs=train.num_train_epochs, max_steps=train.max_steps,
         share=distributed.share(),
