@@ -1,4 +1,4 @@
-"""How cost grows: with rows (1k to 100k), sequence length (128 to 4096) and model size (15M to 400M Llama shapes).
+"""How cost grows: with rows (1k to 300k), sequence length (128 to 4096) and model size (15M to 400M Llama shapes).
 
     python benchmarks/growth.py                       all three, under 25 minutes on two cores
     python benchmarks/growth.py --what rows length --rounds 1
@@ -30,7 +30,7 @@ SHAPES = {  # name -> width, blocks, heads, width of the mlp; the vocabulary is 
     "400M": (1280, 20, 20, 3456),
 }  # fmt: skip
 POINTS: dict[str, list[Any]] = {
-    "rows": [1_000, 3_000, 10_000, 30_000, 100_000],
+    "rows": [1_000, 3_000, 10_000, 30_000, 100_000, 300_000],
     "length": [128, 256, 512, 1024, 2048, 4096],
     "size": list(SHAPES),
 }

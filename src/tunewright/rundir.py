@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,19 +159,20 @@ class RunDir:
         path = self.path / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
-    def write_text(self, name: str, text: str) -> None:
-        """Whole or not at all."""
+    def write_text(self, name: str, text: str | Iterable[str]) -> None:
+        """Whole or not at all; in pieces where it should never stand in memory whole."""
         path = self.path / name
         beside = path.with_name(path.name + ".partial")
         with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
         sync(self.path)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        pieces = json.JSONEncoder(indent=1, ensure_ascii=False, allow_nan=False).iterencode(value)
+        self.write_text(name, itertools.chain(pieces, ["\n"]))
 
     def read_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))

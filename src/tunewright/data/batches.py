@@ -16,20 +16,32 @@ import torch
 from torch import Tensor
 
 from tunewright.contracts import Batch, Example, Record
+from tunewright.data.packed_examples import packed, unpacked
+from tunewright.data.spool import Spool
 
 WINDOW = 50  # steps within which rows of like length come together, at most a quarter of a pass (as in transformers)
 SLACK = 1.5  # a micro-batch may hold so many times the tokens of `batch_size` rows of mean length
-MEMORY = 2 << 30  # bytes of encoded examples kept; beyond that they are encoded again when needed
+MEMORY = 2 << 30  # bytes of encoded examples kept in memory; beyond that they are encoded again when needed
+OVERHEAD = 1000  # bytes that an example costs beside its numbers (measured: 1.1 kB for 15 tokens)
+MANY = 10_000  # from here on small examples are kept in a file
 
 
 class Examples(Sequence[Example]):
-    """Encoded records, made when first asked for and kept while they fit in memory."""
+    """Encoded records, made when first asked for and kept: many small ones in a file, others while memory reaches."""
 
     def __init__(self, records: Sequence[Record], encode: Callable[[Record], Example], memory: int = MEMORY) -> None:
         self.records = records
+        self.why = ""  # why they are encoded again whenever they are needed
         self._encode = encode
         self._kept: dict[int, Example] = {}
         self._room = memory
+        self._spool: Spool | None = None
+        if len(records) > MANY:
+            self._places = np.full(len(records), -1)  # where in the spool
+            try:
+                self._spool = Spool()
+            except OSError as error:
+                self.why = f"no file can be made for them ({error.strerror})"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -37,12 +49,27 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if index in self._kept:
             return self._kept[index]
+        if self._spool is not None and self._places[index] >= 0:
+            return unpacked(self._spool[self._places[index]])
         example = self._encode(self.records[index])
-        size = sum(v.numel() * v.element_size() for v in example.values() if isinstance(v, Tensor))
+        if len(self.records) > MANY and (held := packed(example)):
+            self._put(index, held)
+            return example
+        size = OVERHEAD + sum(v.numel() * v.element_size() for v in example.values() if isinstance(v, Tensor))
         if size <= self._room:
             self._kept[index] = example
             self._room -= size
         return example
+
+    def _put(self, index: int, held: bytes) -> None:
+        if self._spool is None:
+            return
+        try:
+            self._places[index] = len(self._spool)
+            self._spool.append(held)
+        except OSError as error:
+            self.why = f"the file for them cannot be written ({error.strerror})"
+            self._spool = None
 
 
 class Steps(Sequence[list[Batch]]):
@@ -60,8 +87,8 @@ class Steps(Sequence[list[Batch]]):
         epochs: float,
         max_steps: int | None,
         share: tuple[int, int] = (0, 1),
-        lengths: Sequence[int] | None = None,
-        tokens: Sequence[int] | None = None,
+        lengths: Sequence[int] | np.ndarray | None = None,
+        tokens: Sequence[int] | np.ndarray | None = None,
         most: int | None = None,
     ) -> None:
         """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none.

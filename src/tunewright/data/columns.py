@@ -7,11 +7,12 @@ A kind may be made of several columns (FORMATS): the recipe then maps its parts 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunewright.data import chat
-from tunewright.data.raw import RawRow, Table, shown
+from tunewright.data.raw import Table, shown
 from tunewright.errors import Fault, nearest
 
 if TYPE_CHECKING:
@@ -115,13 +116,13 @@ def _match_format(
     if not fitting:
         return {}, [], [table.doubt or _no_format(kind, given, table, name)]
     needs = {shape.name: shape.needs for shape in FORMATS[kind]}
-    rows: dict[str, list[RawRow]] = {}
-    for row in table.rows:
+    rows: dict[str, array[int]] = {}  # format -> places of its rows
+    for place, row in enumerate(table.rows):
         there = (f for f, columns in fitting.items() if all(row.values.get(columns[p]) is not None for p in needs[f]))
-        rows.setdefault(next(there, ""), []).append(row)
+        rows.setdefault(next(there, ""), array("q")).append(place)
     used = [shape for shape in rows if shape] or [next(iter(fitting))]
     if len(used) > 1:
-        return {}, [], [_mixed({shape: rows[shape] for shape in used}, name)]
+        return {}, [], [_mixed({shape: rows[shape] for shape in used}, table, name)]
     columns = fitting[used[0]]
     said = ", ".join(part if part == column else f'{part} ("{column}")' for part, column in columns.items())
     return columns, [f"rows are read as {used[0]}: {said}"], []
@@ -150,11 +151,13 @@ def names_of(kind: str) -> list[str]:
     return list(dict.fromkeys(part for shape in FORMATS[kind] for part in shape.parts))
 
 
-def _mixed(rows: Mapping[str, Sequence[RawRow]], name: str) -> Fault:
-    got = "; ".join(
-        f"{shape}: {len(found)} row{'s' if len(found) > 1 else ''} ({shown([row.where for row in found], 3)})"
-        for shape, found in rows.items()
-    )
+def _mixed(rows: Mapping[str, Sequence[int]], table: Table, name: str) -> Fault:
+    def said(found: Sequence[int]) -> str:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        places = ", ".join(table.rows[place].where for place in found[:3])
+        return f"{len(found)} row{'s' if len(found) > 1 else ''} ({places}{more})"
+
+    got = "; ".join(f"{shape}: {said(found)}" for shape, found in rows.items())
     remedy = "Split the file by format, or name the columns of one of them under data.columns."
     return Fault("rows are written in different formats", name, expected="one format in a file", got=got, remedy=remedy)
 

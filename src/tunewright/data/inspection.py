@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tunewright.data import chat
 from tunewright.data.columns import FORMATS, MANY_CLASSES
 from tunewright.data.raw import BadValue, RawRow, Remarks, natural, short, shown, spoken
@@ -254,27 +256,50 @@ def _is_number(name: str) -> bool:
     return True
 
 
-def copies(records: Sequence[Record], keys: Mapping[str, str]) -> tuple[int, str]:
-    """How many rows repeat the content of an earlier one, and an example."""
-    first: dict[str, Record] = {}
-    count, example = 0, ""
+def same_contents(records: Iterable[Record], fields: Mapping[str, Field]) -> np.ndarray:
+    """(N,) int: for every record, the place of the first one with its content; compared by 128 bits of a digest."""
+    digests = bytearray()
     for record in records:
-        earlier = first.setdefault(keys[record["row"]], record)
-        if earlier is not record:
-            count, example = count + 1, example or f"{record['where']} repeats {earlier['where']}"
-    return count, example
+        digests += hashlib.sha256(content_key(record, fields).encode("utf-8", "surrogatepass")).digest()[:16]
+    halves = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (halves[order[1:]] != halves[order[:-1]]).any(axis=1)
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+    return first
 
 
-def conflicts(records: Sequence[Record], keys: Mapping[str, str], name: str) -> tuple[int, str]:
-    """How many contents carry more than one label, and an example."""
-    first: dict[str, Record] = {}
-    torn: dict[str, str] = {}
-    for record in records:
-        key = keys[record["row"]]
-        earlier = first.setdefault(key, record)
-        if earlier[name] != record[name]:
-            torn.setdefault(key, f"{earlier['where']} says {earlier[name]}, {record['where']} says {record[name]}")
-    return len(torn), next(iter(torn.values()), "")
+def copies(places: np.ndarray, contents: np.ndarray, records: Sequence[Record]) -> tuple[int, str]:
+    """How many of the rows at these places repeat the content of an earlier one, and an example."""
+    first = places[_first(contents[places])]
+    again = np.flatnonzero(first != places)
+    if not len(again):
+        return 0, ""
+    row, earlier = records[int(places[again[0]])], records[int(first[again[0]])]
+    return len(again), f"{row['where']} repeats {earlier['where']}"
+
+
+def conflicts(
+    places: np.ndarray, contents: np.ndarray, labels: Sequence[str], records: Sequence[Record]
+) -> tuple[int, str]:
+    """How many contents of the rows at these places carry more than one label, and an example. labels: by place."""
+    torn: dict[int, tuple[int, int]] = {}
+    first = places[_first(contents[places])]
+    for place, earlier in zip(places[first != places].tolist(), first[first != places].tolist(), strict=True):
+        if labels[earlier] != labels[place]:
+            torn.setdefault(earlier, (earlier, place))
+    if not torn:
+        return 0, ""
+    earlier, place = next(iter(torn.values()))
+    said = [f"{records[one]['where']} says {labels[one]}" for one in (earlier, place)]
+    return len(torn), ", ".join(said)
+
+
+def _first(numbers: np.ndarray) -> np.ndarray:
+    """Where each number stands for the first time."""
+    _, index, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    return index[inverse]
 
 
 def natural_labels(names: Iterable[str]) -> tuple[str, ...]:

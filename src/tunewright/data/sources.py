@@ -15,10 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tunewright import find
 from tunewright.data import inspection
 from tunewright.data.columns import match
-from tunewright.data.raw import RawRow, Table, shown
+from tunewright.data.raw import RawRow, Table, raw_rows, shown
+from tunewright.data.rows import Rows, chosen, plain
 from tunewright.errors import Fault, nearest
 from tunewright.recipe_text import HUB_DATA, SCHEME
 
@@ -26,6 +29,29 @@ if TYPE_CHECKING:
     from tunewright.contracts import Field, Record
 
 SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class Pool:
+    """The sound rows of all sources, and beside each what the checks ask of it: by place, so that nobody reads twice.
+
+    Texts that come back (a label, a split) are one object, so a row costs a pointer here.
+    """
+
+    rows: Rows = field(default_factory=Rows)  # of Record
+    splits: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)  # "" where the task has none
+    groups: list[str] = field(default_factory=list)
+    known: dict[str, str] = field(default_factory=dict)
+
+    def add(self, record: Record, split: str, label: str, group: str) -> None:
+        self.rows.append(record)
+        for held, text in ((self.splits, split), (self.labels, label), (self.groups, group)):
+            held.append(self.known.setdefault(text, text))
+
+    def of(self, places: np.ndarray, split: str) -> np.ndarray:
+        """Those of the places whose row is in this split."""
+        return np.array([place for place in places.tolist() if self.splits[place] == split], dtype=np.int64)
 
 
 @dataclass
@@ -37,14 +63,15 @@ class Source:
     format: str
     table: Table
     columns: dict[str, str] = field(default_factory=dict)
-    records: list[Record] = field(default_factory=list)
+    pool: Pool = field(default_factory=Pool)  # where its sound rows are, perhaps beside those of other sources
+    places: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # which of the pool's rows they are
     faults: list[Fault] = field(default_factory=list)  # that stop in any case
     bad: dict[str, list[Fault]] = field(default_factory=dict)  # rows that cannot be used, by id
     notes: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
-    groups: dict[str, str] = field(default_factory=dict)  # row id -> group
-    splits: dict[str, str] = field(default_factory=dict)  # row id -> split
-    partial: list[Record] = field(default_factory=list)  # bad rows with the fields that are right
+    inner: set[str] = field(default_factory=set)  # splits that the source itself tells of
+    loners: int = 0  # sound rows that belong to no group
+    partial: list[tuple[str, Record]] = field(default_factory=list)  # (split, bad row with the fields that are right)
 
     @property
     def name(self) -> str:
@@ -54,17 +81,20 @@ class Source:
     def num_read(self) -> int:
         return len(self.table.rows) + len(self.table.broken)
 
-    def drop(self, rows: Sequence[Record], reason: str) -> None:
+    @property
+    def records(self) -> Sequence[Record]:
+        return plain(chosen(self.pool.rows, self.places))
+
+    def drop(self, places: np.ndarray, reason: str) -> None:
         """Take rows out and count them."""
-        gone = {record["row"] for record in rows}
-        self.records = [record for record in self.records if record["row"] not in gone]
-        self.dropped[reason] += len(gone)
+        self.places = np.setdiff1d(self.places, places, assume_unique=True)
+        self.dropped[reason] += len(places)
 
 
-def open_source(split_name: str, place: str, format: str | None) -> Source:
+def open_source(split_name: str, place: str, format: str | None, pool: Pool | None = None) -> Source:
     path = Path(place)
     where = f"data.{split_name}" if split_name in SPLITS else split_name
-    source = Source(split_name, path, format or "", Table(root=path.parent))
+    source = Source(split_name, path, format or "", Table(root=path.parent), pool=pool or Pool())
     on_hub = not path.exists() and (format == "hub" or _is_hub_id(path))
     if not (path.exists() or on_hub):
         source.faults.append(_missing(where, place, path))
@@ -152,16 +182,17 @@ def name_apart(sources: Sequence[Source]) -> None:
             return f"{prefix}{where}"
 
         table = source.table
-        table.rows = [replace(r, row=f"{source.split}/{r.row}", where=place(r.where)) for r in table.rows]
+        table.rows = raw_rows(replace(r, row=f"{source.split}/{r.row}", where=place(r.where)) for r in table.rows)
         table.broken = {f"{source.split}/{k}": replace(f, where=place(f.where)) for k, f in table.broken.items()}
         source.faults = [replace(f, where=place(f.where)) if f in table.faults else f for f in source.faults]
 
 
 def read_rows(source: Source, fields: Mapping[str, Field], given: Mapping[str, str], group: str | None) -> None:
-    """Map the columns, check every value, and keep what is right in `records`."""
-    table = source.table
+    """Map the columns, check every value, and keep what is right in the pool."""
+    table, pool = source.table, source.pool
     source.bad = {row: [fault] for row, fault in table.broken.items()}
     if not table.columns or (table.faults and not table.rows):
+        source.inner = {row.split for row in table.rows} - {""}
         return
     source.columns, notes, faults = match(table, source.name, fields, given)
     source.notes += notes
@@ -171,18 +202,29 @@ def read_rows(source: Source, fields: Mapping[str, Field], given: Mapping[str, s
     used = set(source.columns.values())
     if unused := [column for column in table.columns if column not in used and column != group]:
         source.notes.append(f"columns not used: {shown(unused, 12)}")
+    label = label_field(fields)
     remarks: inspection.Remarks = Counter()
+    start = len(pool.rows)
     for row in table.rows:
         values, found = inspection.check_row(row, source.columns, fields, table.root, remarks)
-        source.splits[row.row] = row.split or source.split
+        split_name = row.split or source.split
+        source.inner |= {row.split} - {""}
         if found:
             source.bad[row.row] = found
-            source.partial.append({**values, "row": row.row})
+            source.partial.append((split_name, {**values, "row": row.row}))
             continue
         extra = {column: value for column, value in row.values.items() if column not in used}
-        source.records.append({**values, "row": row.row, "where": row.where, "extra": extra})
-        source.groups[row.row] = _group_of(row, group)
+        record = {**values, "row": row.row, "where": row.where, "extra": extra}
+        unit = _group_of(row, group)
+        source.loners += not unit
+        pool.add(record, split_name, values.get(label, ""), unit)
+    source.places = np.arange(start, len(pool.rows))
     source.notes += inspection.remark_notes(remarks)
+
+
+def label_field(fields: Mapping[str, Field]) -> str:
+    """The field that is a label, "" where there is none."""
+    return next((name for name, f in fields.items() if f.kind == "label"), "")
 
 
 def _group_of(row: RawRow, group: str | None) -> str:
@@ -196,13 +238,14 @@ def _no_group(group: str, table: Table, name: str) -> Fault:
 
 
 def file_facts(source: Source) -> dict[str, Any]:
+    found = {source.pool.splits[place] for place in source.places}
     return {
         "file": source.name,
-        "split": "+".join(s for s in SPLITS if s in {source.splits[r["row"]] for r in source.records}) or source.split,
+        "split": "+".join(s for s in SPLITS if s in found) or source.split,
         "format": source.format,
         "sha256": source.table.sha256 or fingerprint(source.path),
         "rows_read": source.num_read,
-        "rows_kept": len(source.records),
+        "rows_kept": len(source.places),
         "dropped": dict(source.dropped),
     }
 

@@ -5,6 +5,9 @@ Knows torch modules and nothing of tasks or methods. What structure cannot tell 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+from weakref import WeakKeyDictionary
+
 from torch import nn
 
 from tunewright.contracts import Layout
@@ -86,8 +89,19 @@ def linear_names(model: nn.Module, without: tuple[str, ...] = ()) -> list[str]:
 
 def max_positions(model: nn.Module) -> int | None:
     """How many tokens fit. A position table with a padding index (RoBERTa) begins behind it; None: no limit stated."""
-    stated = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
+    if model not in _TABLES:
+        _TABLES[model] = next((m for name, m in model.named_modules() if _is_padded_table(name, m)), None)
+    table = _TABLES[model]
+    if table is not None and table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1
+    stated: int | None = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return stated
+
+
+# model -> its position table with a padding index: every row asks, and going through all modules took half of encoding
+_TABLES: WeakKeyDictionary[nn.Module, nn.Embedding | None] = WeakKeyDictionary()
+
+
+def _is_padded_table(name: str, module: nn.Module) -> TypeGuard[nn.Embedding]:
+    embedding = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+    return embedding and module.padding_idx is not None

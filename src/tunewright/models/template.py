@@ -226,7 +226,16 @@ def _answer(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> list[Piece]:
 
 def holds_control(tokenizer: Any, texts: Sequence[str]) -> bool:
     """Whether a text spells a token that would steer the model, or one of our marks."""
-    names = [token for token in tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))) if token]
+    return spells(control_names(tokenizer), texts)
+
+
+def control_names(tokenizer: Any) -> list[str]:
+    """How the tokens that steer the model are spelt."""
+    return [token for token in tokenizer.convert_ids_to_tokens(sorted(control_ids(tokenizer))) if token]
+
+
+def spells(names: Sequence[str], texts: Sequence[str]) -> bool:
+    """Whether a text holds one of the names, or one of our marks."""
     return any(name in text for text in texts for name in names) or any(MARK.search(text) for text in texts)
 
 

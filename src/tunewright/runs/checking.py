@@ -19,6 +19,7 @@ from tunewright import find
 from tunewright.contracts import Batch, Example, Loaded, Method, Record, Task
 from tunewright.data import canaries, inspection, records
 from tunewright.data.batches import Examples, Steps
+from tunewright.data.rows import joined
 from tunewright.engine import distributed
 from tunewright.engine.packing import how_to_pack
 from tunewright.engine.precision import suit_storage
@@ -137,7 +138,7 @@ def _plant(recipe: Recipe, task: Task, data: records.Data) -> None:
     if not recipe.evaluate.canaries:
         return
     rows = canaries.planted(task.fields, recipe.evaluate.canaries, recipe.seed)
-    data.train = [*data.train, *rows]
+    data.train = joined(data.train, rows)
     many = "row of our own was" if len(rows) == 1 else "rows of our own were"
     last = f" to {rows[-1]['row']}" if len(rows) > 1 else ""
     data.notes.append(f"{len(rows)} {many} planted into the training rows: evaluate.canaries ({rows[0]['row']}{last})")
@@ -203,7 +204,9 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
     examples, collate = Examples(rows, lambda record: task.encode(record, loaded)), _collate(prepared, task, loaded)
     sizes = None if task.couples_rows else _sizes(examples)
     padded = collate == task.collate
-    if sizes and padded:
+    if examples.why:
+        loaded.notes.append(f"Training rows are encoded again whenever they are needed: {examples.why}.")
+    if sizes is not None and padded:
         loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
     steps = Steps(
         examples, collate, task.augment, lengths=sizes if padded else None, tokens=sizes,
@@ -220,16 +223,19 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
     return steps
 
 
-def _sizes(examples: Sequence[Example]) -> list[int] | None:
+def _sizes(examples: Sequence[Example]) -> np.ndarray | None:
     """The length of every example; None where they have none, or all the same."""
     if not len(examples) or "length" not in examples[0]:
         return None
-    sizes = [example["length"] for example in _watched(examples, "measuring training rows")]
-    return sizes if len(set(sizes)) > 1 else None
+    found = (example["length"] for example in _watched(examples, "measuring training rows"))
+    sizes = np.fromiter(found, dtype=np.int64, count=len(examples))
+    return sizes if sizes.min() < sizes.max() else None
 
 
 def _left_out(records: Sequence[Record], rows: Sequence[Record]) -> list[str]:
     """Row ids of the records from which the task made no training row."""
+    if rows is records:
+        return []
     used = {row.get("where") for row in rows}
     return [record["row"] for record in records if record["where"] not in used]
 
@@ -258,8 +264,10 @@ def lengths(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Lengths and truncation over examples that have them; {} where examples have no length."""
     if not len(examples) or "length" not in examples[0]:
         return {}
-    pairs = [(e["length"], e.get("truncated", 0) > 0) for e in _watched(examples, "reading training rows")]
-    sizes, cut = np.array([size for size, _ in pairs]), sum(is_cut for _, is_cut in pairs)
+    sizes, cut = np.empty(len(examples), dtype=np.int64), 0
+    for i, example in enumerate(_watched(examples, "reading training rows")):
+        sizes[i] = example["length"]
+        cut += example.get("truncated", 0) > 0
     return {
         "lengths": {
             "min": int(sizes.min()), "median": int(np.median(sizes)), "p95": int(np.quantile(sizes, 0.95)),

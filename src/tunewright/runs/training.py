@@ -166,7 +166,6 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
         for sentence in later:
             say(sentence)
         if is_first():
-            facts = run.read_json("data.json")
             run.write_json("data.json", facts | {"settings": [*facts["settings"], *later]})
     if state.stop:
         say(state.stop)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Example, Field, Loaded, Loss, Metric, Prediction, Record, Task
+from tunewright.data.rows import chosen
 from tunewright.errors import DataError, Fault
 from tunewright.models.generation import generate
 from tunewright.models.layout import max_positions
@@ -76,25 +77,25 @@ class CausalLM(Task):
         Documents of a single token are left out: where the tokenizer has no marks, nothing of them is predicted.
         """
         limit = self._limit(loaded)
-        found: list[Record] = []
+        kept: list[int] = []
+        cut: dict[int, list[Tensor]] = {}
         single: list[str] = []
-        for record in records:
+        for place, record in enumerate(records):
             ids = self._ids(record, loaded)
             if len(ids) < 2:
                 single.append(record["row"])
                 continue
-            parts = [ids] if len(ids) <= limit else windows(torch.tensor(ids), limit)
-            if len(parts) == 1:
-                found.append(record)
-                continue
-            for i, part in enumerate(parts, 1):
-                found.append(record | {"row": f"{record['row']} part {i} of {len(parts)}", "ids": part})
+            kept.append(place)
+            if len(ids) > limit and len(parts := windows(torch.tensor(ids), limit)) > 1:
+                cut[place] = parts
         if single:
             which = f"{len(single)} of {len(records)} documents ({single[0]} for one)"
             loaded.notes.append(f"Left out, of a single token, so that there is nothing to predict: {which}.")
-        if not found:
+        if not kept:
             raise DataError(Fault("no document has two tokens, so that one could be predicted", where="data.train"))
-        return found
+        if cut:
+            return [row for place in kept for row in _parts(records[place], cut.get(place))]
+        return chosen(records, kept) if single else records
 
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:
         limit = self._limit(loaded)
@@ -174,6 +175,14 @@ class CausalLM(Task):
     def _limit(self, loaded: Loaded) -> int:
         own = min(max_positions(loaded.model) or LONGEST, loaded.processor.model_max_length)
         return min(own, self.max_length or LONGEST)
+
+
+def _parts(record: Record, parts: Sequence[Tensor] | None) -> list[Record]:
+    if parts is None:
+        return [record]
+    return [
+        record | {"row": f"{record['row']} part {i} of {len(parts)}", "ids": part} for i, part in enumerate(parts, 1)
+    ]
 
 
 def windows(ids: Tensor, limit: int) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tunewright.contracts import Batch, Example, Field, Loaded, Loss, Metric, Prediction, Record, Task
 from tunewright.data import chat
+from tunewright.data.rows import chosen
 from tunewright.errors import DataError, Fault, ModelError
 from tunewright.metrics.text import EXACT_MATCH, ROUGE_L, exact_match, rouge_l
 from tunewright.models import template
@@ -69,9 +70,15 @@ class Sft(Task):
 
     def rows(self, loaded: Loaded, records: Sequence[Record]) -> Sequence[Record]:
         """Without those that do not fit, unless the recipe wants them cut; both are counted in the notes."""
-        examples = [self.encode(record, loaded) for record in records]
-        long = [e["row"] for e in examples if e["truncated"]]
-        spelled = [e["row"] for e in examples if e["control"]]
+        long, spelled, fitting = [], [], []
+        for place, record in enumerate(records):
+            example = self.encode(record, loaded)
+            if example["control"]:
+                spelled.append(example["row"])
+            if example["truncated"]:
+                long.append(example["row"])
+            else:
+                fitting.append(place)
         if spelled:
             loaded.notes.append(f"Control tokens in the text of {_counted(spelled, records)}: read as plain text.")
         if not long:
@@ -84,7 +91,7 @@ class Sft(Task):
         if len(long) == len(records):
             remedy = "Raise task.max_length if the model allows it, or set task.on_long=cut."
             raise DataError(Fault(f"no training row fits into {limit} tokens", "task.max_length", remedy=remedy))
-        return [r for r, e in zip(records, examples, strict=True) if not e["truncated"]]
+        return chosen(records, fitting)
 
     # -------------------------------------------------------------- one row
     def encode(self, record: Record, loaded: Loaded, *, target: bool = True) -> Example:

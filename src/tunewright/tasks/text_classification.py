@@ -6,6 +6,7 @@ Uses the checkpoint's own sequence-classification class, so that plain transform
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -60,7 +61,8 @@ class TextClassification(Task):
 
     def rows(self, loaded: Loaded, records: Sequence[Record]) -> Sequence[Record]:
         """All of them. Texts that spell a control token are counted, and read as transformers reads them in serving."""
-        spelled = [r["row"] for r in records if template.holds_control(loaded.processor, [r["text"]])]
+        control = template.control_names(loaded.processor)
+        spelled = [r["row"] for r in records if template.spells(control, [r["text"]])]
         if spelled:
             which = f"{len(spelled)} of {len(records)} training rows ({spelled[0]} for one)"
             loaded.notes.append(f"Control tokens are spelt by {which}: they steer here as they do in a pipeline.")
@@ -114,7 +116,7 @@ class TextClassification(Task):
         zero_shot = self._zero_shot(spec, loaded.labels)
         if zero_shot is None:
             return majority
-        rows = sorted(records, key=lambda r: r["row"])[:CHOOSING_ROWS]
+        rows = heapq.nsmallest(CHOOSING_ROWS, records, key=lambda r: r["row"])
         right = [
             sum(p["label"] == r["label"] for p, r in zip(b.predict(rows), rows, strict=True))
             for b in (zero_shot, majority)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tunewright.data.raw import RawRow, Table, natural, shown
+from tunewright.data.raw import RawRow, Table, natural, raw_rows, shown
 from tunewright.errors import Fault
 
 SUFFIXES = ("/",)  # how a folder is written
@@ -81,7 +81,7 @@ def _add_loose(table: Table, folders: list[Path], skipped: Counter[str]) -> None
         skipped["images that lie outside the class folders and so have no label"] += len(loose)
     elif loose:
         table.columns, table.doubt = ("image",), wrong
-        table.rows = [RawRow(*_place(f, table), {"image": str(f)}) for f in loose]
+        table.rows = raw_rows(RawRow(*_place(f, table), {"image": str(f)}) for f in loose)
     elif not table.rows and not table.broken:
         table.faults.append(wrong)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunewright.data.raw import RawRow, Table, read_text, short
+from tunewright.data.raw import RawRow, Table, short
+from tunewright.data.texts import Text, read_text
 from tunewright.errors import Fault
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -23,15 +25,17 @@ def read(path: Path) -> Table:
     """All rows of the file, and what was wrong with the others."""
     text, notes, faults = read_text(path)
     table = Table(root=path.parent, notes=notes, faults=faults)
-    body = text.strip()
-    if not body:
+    filled = (line for line in text.lines() if line.strip())
+    first, rest = next(filled, "").strip(), next(filled, "")
+    filled.close()
+    if not first:
         table.faults += [] if faults else [Fault("the file has no rows", path.name, remedy=f"A row is {EXAMPLE}")]
         return table
-    first, _, rest = body.partition("\n")
-    if body.startswith("[") and not (rest and _parses(first)):
-        _read_list(table, path.name, text)
-    elif body.startswith("{") and (rest or path.suffix.lower() == ".json") and _parses(body):
-        table.faults.append(_single(path.name, body))
+    by_line = bool(rest) and _parses(first)
+    if first.startswith("[") and not by_line:
+        _read_list(table, path.name, text.whole())
+    elif first.startswith("{") and not by_line and (rest or path.suffix.lower() == ".json") and _parses(text.whole()):
+        table.faults.append(_single(path.name, text.whole().strip()))
     else:
         _read_lines(table, path.name, text)
     counts = Counter(name for row in table.rows for name in row.values)
@@ -41,12 +45,13 @@ def read(path: Path) -> Table:
     return table
 
 
-def _read_lines(table: Table, name: str, text: str) -> None:
-    lines = text.split("\n")  # not splitlines: U+2028 may stand inside a JSON string
-    last = max(number for number, line in enumerate(lines, 1) if line.strip())
-    careful = _wants_care(text)
+def _read_lines(table: Table, name: str, text: Text) -> None:
+    last, careful = 0, False
+    for number, line in enumerate(text.lines(), 1):
+        last = number if line.strip() else last
+        careful = careful or _wants_care(line)
     blank = 0
-    for number, line in enumerate(lines[:last], 1):
+    for number, line in enumerate(islice(text.lines(), last), 1):
         if not line.strip():
             blank += 1
             continue

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from tunewright.data.raw import RawRow, Table, read_text, short
+from tunewright.data.raw import RawRow, Table, short
+from tunewright.data.texts import Text, read_text
 from tunewright.errors import Fault
 
 SUFFIXES = (".csv", ".tsv")
@@ -32,7 +33,8 @@ def read(path: Path) -> Table:
     if not text:
         return table
     delimiter = _sniff(text, "\t" if path.suffix.lower() == ".tsv" else ",", notes)
-    if nuls := text.count("\0"):
+    nuls, lines = _counted(text)
+    if nuls:
         notes.append(f"{nuls} NUL character{'s' if nuls > 1 else ''} in the text")
     records = _records(text, delimiter)
     header = next((cells for _, _, cells in records if any(cell.strip() for cell in cells)), [])
@@ -41,7 +43,7 @@ def read(path: Path) -> Table:
         table.faults.append(Fault(problem, path.name, expected="a first line with the column names"))
         return table
     table.columns = _columns(header, path.name, table)
-    _fill(table, path.name, records, header, delimiter, lines=text.rstrip().count("\n") + 1)
+    _fill(table, path.name, records, header, delimiter, lines)
     if not (table.rows or table.broken):
         table.faults.append(Fault("the file has a header and no rows", path.name, got=shown_columns(table)))
     table.doubt = _header_doubt(table, path.name, delimiter)
@@ -67,27 +69,41 @@ def _fill(table: Table, name: str, records: Iterator[Cut], header: list[str], de
     table.notes += [f"{blank} blank line{'s' if blank > 1 else ''} skipped"] if blank else []
 
 
-def _records(text: str, delimiter: str) -> Iterator[Cut]:
+def _counted(text: Text) -> tuple[int, int]:
+    """(NUL characters, lines up to the last one with something on it)."""
+    nuls = ends = lines = 0
+    for piece in text.pieces():
+        nuls += piece.count("\0")
+        if said := piece.rstrip():
+            lines = ends + said.count("\n")
+        ends += piece.count("\n")
+    return nuls, lines + 1
+
+
+def _records(text: Text, delimiter: str) -> Iterator[Cut]:
     """All records of the text, blank lines included."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    while True:
-        first = reader.line_num + 1
-        try:
-            cells: list[str] | str = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:  # the reader goes on with the next line
-            cells = str(error)
-        yield first, reader.line_num, cells
+    with text.open() as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        while True:
+            first = reader.line_num + 1
+            try:
+                cells: list[str] | str = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the reader goes on with the next line
+                cells = str(error)
+            yield first, reader.line_num, cells
 
 
-def _sniff(text: str, usual: str, notes: list[str]) -> str:
+def _sniff(text: Text, usual: str, notes: list[str]) -> str:
     """The delimiter under which most records have as many fields as the header."""
+    with text.open() as stream:
+        start, is_cut = stream.read(SAMPLE), bool(stream.read(1))
     scores = {}
     for delimiter in DELIMITERS:
-        records = list(islice(csv.reader(io.StringIO(text[:SAMPLE], newline=""), delimiter=delimiter), 51))
+        records = list(islice(csv.reader(io.StringIO(start, newline=""), delimiter=delimiter), 51))
         header, *rest = [cells for cells in records if cells] or [[]]
-        rest = rest[:-1] if len(text) > SAMPLE and len(records) < 51 else rest  # the last one is cut by the sample
+        rest = rest[:-1] if is_cut and len(records) < 51 else rest  # the last one is cut by the sample
         if len(header) > 1:
             share = sum(len(cells) == len(header) for cells in rest) / max(len(rest), 1)
             scores[delimiter] = (share, delimiter == usual, len(header))

@@ -22,6 +22,7 @@ from torch import nn
 from tunewright import find
 from tunewright.contracts import Baseline, Loaded, Method, Prediction, Record, Task
 from tunewright.data import canaries
+from tunewright.data.rows import chosen
 from tunewright.engine import distributed
 from tunewright.errors import Fault, RunError
 from tunewright.recipe import ModelSpec, Recipe
@@ -65,7 +66,7 @@ class Ground:
         return Sides(
             task=self.task, loaded=self.loaded, tuned=self.tuned, base=opened.model if opened else None,
             plain=self._plain if folds else None, baseline=baseline,
-            training=[r for r in self.training if not canaries.is_planted(r)],
+            training=chosen(self.training, [i for i, r in enumerate(self.training) if not canaries.is_planted(r)]),
             planted=[r for r in self.training if canaries.is_planted(r)],
             validation=() if quick else self.validation, test=self.test, before=before, after=after,
             margin=recipe.evaluate.margin, group=recipe.data.group, seed=recipe.seed, batch_size=size,

@@ -10,6 +10,7 @@ Intervals: each side's own (Wilson, t, Tango, BCa), put together for different r
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def _asked(sides: Sides, rows: Sequence[Record], validating: bool) -> tuple[list
 
 def drawn(records: Sequence[Record], count: int, seed: int) -> list[Record]:
     """So many of the rows, the same ones each time."""
-    return sorted(records, key=lambda r: derive_seed(seed, "overfitting", r["row"]))[:count]
+    return heapq.nsmallest(count, records, key=lambda r: derive_seed(seed, "overfitting", r["row"]))
 
 
 def _scored(sides: Sides, metric: Metric, answered: Answered) -> tuple[Floats, Floats, list[str | None] | None]:
