@@ -19,10 +19,11 @@ from tunewright import find
 from tunewright.contracts import Batch, Example, Loaded, Method, Record, Task
 from tunewright.data import canaries, inspection, records
 from tunewright.data.batches import Examples, Steps
-from tunewright.engine import distributed
+from tunewright.engine import compiling, distributed, eight_bit, offload
 from tunewright.engine.packing import how_to_pack
 from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
+from tunewright.importing import bring
 from tunewright.models.label_logits import find_head
 from tunewright.models.load import resolve
 from tunewright.models.surgery import count_parameters
@@ -57,6 +58,7 @@ def prepare(recipe: Recipe) -> Prepared:
     general = {}
     faults += _missing_harness(recipe)
     faults += _no_place_for_canaries(recipe, task, data)
+    faults += _not_on_this_machine(recipe)
     if task is not None and data is not None:
         general = _general(recipe, task, data, faults)
         faults += _missing_groups(recipe, data)
@@ -168,6 +170,22 @@ def _missing_harness(recipe: Recipe) -> list[Fault]:
     return found
 
 
+def _not_on_this_machine(recipe: Recipe) -> list[Fault]:
+    """Options of training that need what this machine has not; each says what to do instead."""
+    train, (device, _) = recipe.train, distributed.choose_device()
+    found = []
+    if train.optim == "adamw_8bit" and (why := eight_bit.missing()):
+        remedy = f"{eight_bit.EXTRA}, or leave it out."
+        found.append(Fault(why, "train.optim", got=train.optim, remedy=remedy))
+    if train.activation_offload and (why := offload.useless(device)):
+        remedy = "Leave it out. Where memory is short, train.gradient_checkpointing=true helps on every device."
+        found.append(Fault("cannot help", "train.activation_offload", got=why, remedy=remedy))
+    if train.torch_compile and (why := compiling.missing(device)):
+        remedy = f"{compiling.REMEDY}, or give this machine a C++ compiler (g++ or clang++)."
+        found.append(Fault("nothing can be compiled here", "train.torch_compile", got=why, remedy=remedy))
+    return found
+
+
 def _build(folder: str, choice: Choice, kind: type[Any], faults: list[Fault]) -> Any:
     try:
         return find.build(folder, choice.name, choice.options, kind)
@@ -183,6 +201,7 @@ def _kind(faults: Sequence[Fault]) -> type[UserError]:
 
 def load(prepared: Prepared) -> tuple[Task, Loaded]:
     """The base in the task's shape, and the task fitted to the training rows."""
+    bring("transformers.modeling_utils", *prepared.method.imports)
     import torch
 
     from tunewright.data.batches import derive_seed
@@ -190,6 +209,8 @@ def load(prepared: Prepared) -> tuple[Task, Loaded]:
     torch.manual_seed(derive_seed(prepared.recipe.seed, "head"))  # a new head is drawn while loading
     loaded = prepared.task.load(prepared.recipe.model, prepared.data.labels)
     prepared.method.reserve(loaded)
+    if prepared.recipe.train.torch_compile:
+        loaded.notes.append(compiling.what(loaded))
     return prepared.task, loaded
 
 
