@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import importlib.util
+import json
 import subprocess
 import sys
 
@@ -10,6 +13,8 @@ import pytest
 
 from tunewright import find, importing
 from tunewright.contracts import Method
+from tunewright.recipe import Recipe
+from tunewright.runs import checking
 
 
 @pytest.fixture
@@ -75,3 +80,53 @@ def test_what_methods_name_can_be_imported():
     assert len(named) >= 8
     assert named["lora"] == ("peft",)
     assert set().union(*named.values()) == {"peft"}
+
+
+@pytest.mark.usefixtures("library")
+def test_what_is_left_out_is_as_if_it_were_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "small_library", None)  # so that it is put back
+    del sys.modules["small_library"]
+    importing.leave_out("small_library")
+    assert importlib.util.find_spec("small_library") is None
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("small_library")
+
+
+@pytest.mark.usefixtures("library")
+def test_nothing_is_left_out_that_is_there_already_or_elsewhere(monkeypatch):
+    importing.bring("small_library")
+    importing.leave_out("small_library")
+    assert sys.modules["small_library"] is not None
+    monkeypatch.setattr(importing, "_ours", False)
+    importing.leave_out("large_library")
+    importing.bring("large_library")
+
+
+@pytest.mark.parametrize(
+    ("keys", "config", "left"),
+    [
+        ({}, {}, ["bitsandbytes"]),
+        ({"model.quantize": "nf4"}, {}, []),
+        ({"train.optim": "adamw_8bit"}, {}, []),
+        ({}, {"quantization_config": {"load_in_4bit": True}}, []),
+    ],
+)
+def test_bitsandbytes_is_left_out_where_nobody_can_come_to_need_it(tmp_path, monkeypatch, keys, config, left):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    (tmp_path / "model.safetensors").touch()
+    found: list[str] = []
+    monkeypatch.setattr(checking, "leave_out", found.append)
+    words = [f"model.checkpoint={tmp_path}", "task=sft", "data=rows.csv", "method=lora"]
+    recipe, _ = Recipe.from_keys([*words, *(f"{key}={value}" for key, value in keys.items())])
+    checking._bring_libraries(recipe, find.build("methods", "lora", {}, Method))
+    assert found == left
+
+
+def test_a_lora_run_of_ours_brings_peft_and_no_compiler():
+    """bitsandbytes would: what it decorates imports torch._inductor."""
+    program = (
+        "import sys; from tunewright.importing import *; own_process(); leave_out('bitsandbytes'); bring('peft');"
+        "print('torch._inductor.compile_fx' in sys.modules, 'peft' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

@@ -37,6 +37,15 @@ def bring(*names: str) -> None:
         gc.enable()
 
 
+def leave_out(name: str) -> None:
+    """As if this library were not installed: for one that others import only because it is there.
+
+    Only in a process of ours, which will not come to need it; Python's own way to say so (`import`'s reference).
+    """
+    if _ours and name not in sys.modules:
+        sys.modules[name] = None  # type: ignore[assignment]
+
+
 def _import(names: tuple[str, ...]) -> None:
     for name in names:
         importlib.import_module(name)

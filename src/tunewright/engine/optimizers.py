@@ -55,7 +55,7 @@ def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if value is not None:
                     tensor = value if isinstance(value, Tensor) else torch.tensor(value)
-                    # a table that parameters share (the values of 8 bits) is written once for each: safetensors knows no alias
+                    # a table that parameters share (the values of 8 bits) is written for each: no aliases in a file
                     tensors[f"{name}::{key}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
                     seen.add(tensor.data_ptr())
     return tensors

@@ -23,9 +23,9 @@ from tunewright.engine import compiling, distributed, eight_bit, offload
 from tunewright.engine.packing import how_to_pack
 from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
-from tunewright.importing import bring
+from tunewright.importing import bring, leave_out
 from tunewright.models.label_logits import find_head
-from tunewright.models.load import resolve
+from tunewright.models.load import is_in_few_bits, resolve
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
 from tunewright.runs.evidence.verdict import visible_sentence
@@ -199,9 +199,16 @@ def _kind(faults: Sequence[Fault]) -> type[UserError]:
     return DataError if all("." in f.where and " " in f.where for f in faults) else UserError
 
 
+def _bring_libraries(recipe: Recipe, method: Method) -> None:
+    """Import what opening the base and applying the method will need, while nothing large is alive."""
+    if not (recipe.model.quantize or recipe.train.optim == "adamw_8bit" or is_in_few_bits(recipe.model)):
+        leave_out("bitsandbytes")  # peft and transformers import it, and a compiler with it, wherever it is installed
+    bring("transformers.modeling_utils", *method.imports)
+
+
 def load(prepared: Prepared) -> tuple[Task, Loaded]:
     """The base in the task's shape, and the task fitted to the training rows."""
-    bring("transformers.modeling_utils", *prepared.method.imports)
+    _bring_libraries(prepared.recipe, prepared.method)
     import torch
 
     from tunewright.data.batches import derive_seed
