@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import tiny_tree
 from safetensors.torch import load_file
 
 from tests.test_packing import model_of
@@ -16,6 +17,7 @@ from tunewright.contracts import Callback, Loaded, State
 from tunewright.engine import compiling
 from tunewright.errors import RecipeError, UserError
 from tunewright.models.layout import layout_of
+from tunewright.recipe import Recipe
 from tunewright.runs import checking
 from tunewright.runs.training import train
 
@@ -30,6 +32,7 @@ def graphs(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(compiling, "BACKEND", backend)
+    monkeypatch.setattr(compiling, "OPTIONS", None)
     monkeypatch.setattr(compiling, "PLAIN_STEPS", 1)
     # what torch would write for its own profiler is kept by pytest otherwise, page by page
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
@@ -113,6 +116,7 @@ def test_where_nothing_can_be_compiled_that_is_said_before_the_first_step(tiny_r
         raise OSError("there is no C++ compiler")
 
     monkeypatch.setattr(compiling, "BACKEND", broken)
+    monkeypatch.setattr(compiling, "OPTIONS", None)
     with pytest.raises(UserError, match=r"train.torch_compile.*OSError: there is no C\+\+ compiler.*g\+\+"):
         checking.prepare(tiny_recipe(train={"torch_compile": True}))
 
@@ -143,10 +147,14 @@ def test_what_it_was_worth_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler here")
-def test_the_real_backend_learns_the_same(tiny_recipe, tmp_path):
-    keys = {"max_steps": 8, "precision": "float32", "logging_steps": 1, "learning_rate": 1e-2}
-    losses, weights, _ = trained(tiny_recipe("causal-lm", method="lora", train=keys), tmp_path / "plain")
-    compiled = tiny_recipe("causal-lm", method="lora", train=keys | {"torch_compile": True})
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_real_backend_learns_the_same_dropout_included(tmp_path, monkeypatch, checkpointing):
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    keys = {"max_steps": 8, "precision": "float32", "logging_steps": 1, "learning_rate": 1e-3}
+    keys |= {"gradient_checkpointing": checkpointing}
+    tree = tiny_tree("text-classification", tmp_path, dropout=0.2) | {"method": "full"}
+    plain, compiled = (Recipe.of(tree | {"train": keys | {"torch_compile": asked}})[0] for asked in (False, True))
+    losses, weights, _ = trained(plain, tmp_path / "plain")
     again, others, _ = trained(compiled, tmp_path / "compiled")
     assert again == pytest.approx(losses, abs=1e-5)
     for name in weights:

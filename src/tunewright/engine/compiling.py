@@ -24,13 +24,14 @@ from tunewright.errors import Fault, RecipeError, TrainError
 
 PLAIN_STEPS = 4  # the first of them warms the machine up and is not counted
 BACKEND = "inductor"
+OPTIONS = {"fallback_random": True}  # dropout draws what the plain pass would draw, not numbers of its own
 REMEDY = "Leave train.torch_compile out"
 
 
 def missing(device: torch.device) -> str:
     """Why nothing can be compiled here; "" where a small function could be."""
     try:
-        torch.compile(_asked, backend=BACKEND)(torch.ones(8, device=device))
+        torch.compile(_asked, backend=BACKEND, options=OPTIONS)(torch.ones(8, device=device))
     except Exception as error:  # a compiler, a backend or a driver that is not there: each says so in its own class
         return _told(error)
     return ""
@@ -71,7 +72,7 @@ def compile_blocks(model: nn.Module, loaded: Loaded, asked: bool, step: int) -> 
 @functools.cache
 def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The same module with a compiled pass. A class and no attribute, so that copies are compiled too, and whole."""
-    run = torch.compile(kind.forward, backend=BACKEND, dynamic=True)
+    run = torch.compile(kind.forward, backend=BACKEND, dynamic=True, options=OPTIONS)
 
     class Compiled(kind):  # type: ignore[misc,valid-type]
         _is_compiled = True
