@@ -7,7 +7,7 @@ from pathlib import Path
 
 HOME = Path(__file__).parents[1] / "src" / "tunewright"
 FLOORS = [
-    ("errors", "find", "version"),
+    ("errors", "find", "importing", "version"),
     ("contracts", "recipe", "recipe_text", "rundir"),
     ("data", "models", "metrics"),
     ("tasks", "methods"),

@@ -135,7 +135,7 @@ def test_an_impossible_value_is_refused_with_the_range(section, key, value):
         ({"train": {"num_train_epochs": True}}, "train.num_train_epochs", "a number"),
         ({"train": {"per_device_train_batch_size": 2.5}}, "train.per_device_train_batch_size", "a whole number"),
         ({"train": {"per_device_train_batch_size": "eight"}}, "train.per_device_train_batch_size", "a whole number"),
-        ({"train": {"optim": "adamx"}}, "train.optim", "adamw, sgd, adafactor"),
+        ({"train": {"optim": "adamx"}}, "train.optim", "adamw, adamw_8bit, sgd, adafactor"),
         ({"train": {"gradient_checkpointing": "maybe"}}, "train.gradient_checkpointing", "true or false"),
         ({"train": 3}, "train", "a mapping"),
         ({"model": 3}, "model", "one text, or a mapping"),

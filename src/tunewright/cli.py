@@ -20,6 +20,7 @@ import tunewright
 from tunewright import find
 from tunewright.engine.interruption import Interrupted
 from tunewright.errors import Fault, RecipeError, TunewrightError, UserError, nearest
+from tunewright.importing import bring, own_process
 
 RECIPE_HELP = "a recipe (YAML), or none and the keys below"
 WAYS = ("linear", "add", "ties", "dare", "soup")
@@ -28,6 +29,8 @@ KEYS_HELP = "section.key=value: sets or overrides a key, such as train.learning_
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 2 the input is wrong, 1 our fault, 130 interrupted."""
+    if arguments is None:
+        own_process()
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     try:
@@ -251,6 +254,7 @@ def _read_recipe(options: argparse.Namespace) -> tuple[Any, str | None]:
 # ----------------------------------------------------------------------- verbs
 def _check(options: argparse.Namespace) -> int:
     recipe, _ = _read_recipe(options)
+    bring("tunewright.runs.checking")
     from tunewright.runs.checking import check
 
     found = check(recipe)
@@ -287,6 +291,7 @@ def _check_text(found: dict[str, Any]) -> str:
 
 def _train(options: argparse.Namespace) -> int:
     recipe, output_dir = _read_recipe(options)
+    bring("tunewright.runs.training")
     from tunewright.runs.training import train
 
     out = Path(output_dir or f"runs/{recipe.digest()}").expanduser()
@@ -350,6 +355,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    bring("tunewright.runs.answering")
     from tunewright.runs.answering import answer
 
     answers, written = answer(Path(options.folder), options.input, options.base, options.output, _say)
@@ -399,6 +405,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    bring("tunewright.uses.merging")
     from tunewright.uses.merging import Way, merge
 
     way = Way(options.how, options.weights, options.density, options.scale, options.seed, options.base_share)
@@ -412,6 +419,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
+    bring("tunewright.uses.chatting")
     from tunewright.uses.chatting import chat
 
     def write(text: str) -> None:

@@ -256,6 +256,7 @@ class Method(ABC):
     folds: ClassVar[bool] = True  # False: the change cannot be folded into the weights, `merge` raises
     additive: ClassVar[bool] = True  # False: the untrained start already answers otherwise than the base (prompts)
     packs: ClassVar[bool] = True  # False: what it puts before a sequence would stand before several packed ones
+    imports: ClassVar[tuple[str, ...]] = ()  # large libraries that `apply` needs; imported before the base is opened
 
     @property
     @abstractmethod

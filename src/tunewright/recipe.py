@@ -53,7 +53,7 @@ class TrainSpec:
     per_device_train_batch_size: int = 8  # rows per device and micro-batch
     gradient_accumulation_steps: int = 1
     per_device_eval_batch_size: int = 32
-    optim: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    optim: Literal["adamw", "adamw_8bit", "sgd", "adafactor"] = "adamw"  # adamw_8bit: moments of a byte each
     lr_scheduler_type: Literal["cosine", "linear", "constant", "slanted_triangular"] = "cosine"
     warmup_steps: float = 0.03  # a count, or a share of all steps when below 1
     weight_decay: float = 0.0
@@ -61,6 +61,8 @@ class TrainSpec:
     precision: Literal["auto", "float32", "bf16"] = "auto"  # of the forward pass; what trains is stored in float32
     train_batch_norm: bool = False  # True: statistics move, and updates depend on how a step is cut
     gradient_checkpointing: bool = False
+    activation_offload: bool = False  # what the backward pass needs waits in the machine's memory; for a GPU too small
+    torch_compile: bool = False  # blocks are compiled while training; takes a while, the log says what it was worth
     packing: bool | None = None  # sequences laid end to end instead of padded; None: where the model's self-test passes
     save_steps: int = 200
     save_total_limit: int = 2  # newest checkpoints kept; the best one is kept besides
@@ -255,6 +257,9 @@ class Recipe:
         for key in ("seed", "limit"):  # a recipe that leaves them out is the one it was before there were such keys
             if tree["data"][key] is None:
                 del tree["data"][key]
+        for key in ("activation_offload", "torch_compile"):
+            if not tree["train"][key]:
+                del tree["train"][key]
         for key in ("train", "validation", "test"):
             tree["data"][key] = tree["data"][key] and Path(tree["data"][key]).name
         general = tree["evaluate"]["general"]

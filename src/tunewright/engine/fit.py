@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tunewright.contracts import Batch, Callback, Loaded, Method, Precision, State, Task
 from tunewright.data.batches import Steps, derive_seed
 from tunewright.engine import checkpoint, memory, optimizers, schedules
+from tunewright.engine.compiling import compile_blocks
 from tunewright.engine.distributed import (
     from_first,
     is_first,
@@ -34,6 +35,7 @@ from tunewright.engine.distributed import (
 from tunewright.engine.finite import stop_unless_finite
 from tunewright.engine.interruption import Interrupted, leave_if_asked, protected
 from tunewright.engine.keeping import Keeper
+from tunewright.engine.offload import activations_on_host
 from tunewright.engine.precision import compute_as_stored, compute_in, precision_as_stored, suit_storage
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
@@ -139,12 +141,13 @@ def fit(
     # several processes leave together, after a step; one by itself may also leave while it evaluates
     together = protected() if share()[1] > 1 else contextlib.nullcontext()
     try:
-        with together:
+        with together, activations_on_host(model, train.activation_offload):
             if found is not None:
                 settle()  # a signal may have come during this very evaluation
             while state.step < state.total and not state.stop:
                 with protected():
                     began = time.perf_counter()
+                    compile_blocks(model, loaded, train.torch_compile, state.step)
                     drawn = [to_device(batch, place.device) for batch in steps[state.step]]
                     rng = torch.Generator().manual_seed(derive_seed(seed, state.step, "prepare"))
                     with torch.no_grad():

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunewright.engine import eight_bit
+
 LATE_WARMUP = 10  # steps over which newly unfrozen groups reach their rate, a twentieth of a short run's at most
 # Adam with bias correction (without it short runs on few rows are unstable), and no decay unless the group says so.
 MAKERS: dict[str, Any] = {
     "adamw": lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=_in_one_pass(groups)),
+    "adamw_8bit": eight_bit.adamw,
     "sgd": lambda groups: torch.optim.SGD(groups),
     "adafactor": lambda groups: torch.optim.Adafactor(groups),
 }
@@ -45,12 +48,16 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0, tot
 
 def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`<parameter name>::<key>` -> tensor; numbers become tensors, so that safetensors can hold them."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
                 if value is not None:
-                    tensors[f"{name}::{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+                    # a table that parameters share (the values of 8 bits) is written for each: no aliases in a file
+                    tensors[f"{name}::{key}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                    seen.add(tensor.data_ptr())
     return tensors
 
 
@@ -65,4 +72,4 @@ def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> 
         if key != "step" and value.shape == parameter.shape:
             # kernels that go over weights and moments at once take both to be laid out alike (channels innermost, say)
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        optimizer.state[parameter][key] = value
+        optimizer.state[parameter][key] = eight_bit.as_it_counts(optimizer, value) if key == "step" else value

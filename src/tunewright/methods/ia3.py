@@ -36,6 +36,7 @@ class Ia3(Method):
         "vectors at 1 must travel far: best of 3e-3 to 1e-1 on a small encoder, where the paper's 3e-3 hardly learnt"
     )
     standalone: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ("peft",)
 
     @property
     def keeps_base(self) -> bool:

@@ -50,6 +50,7 @@ class Lora(Method):
     learning_rate: ClassVar[float] = 1e-3
     learning_rate_reason: ClassVar[str] = "ten to twenty times that of full tuning, nearly whatever the rank"
     standalone: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ("peft",)
 
     def __post_init__(self) -> None:
         if self.r < 1:

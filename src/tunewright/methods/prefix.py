@@ -39,6 +39,7 @@ class Prefix(Method):
     learning_rate: ClassVar[float] = 3e-2
     learning_rate_reason: ClassVar[str] = "keys and values trained directly stand a hundred times the rate of weights"
     standalone: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ("peft",)
     folds: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     packs: ClassVar[bool] = False

@@ -36,6 +36,7 @@ class Prompt(Method):
     learning_rate: ClassVar[float] = 0.3
     learning_rate_reason: ClassVar[str] = "the few vectors must go far, and nothing else moves: 0.3 as in Lester 2021"
     standalone: ClassVar[bool] = False
+    imports: ClassVar[tuple[str, ...]] = ("peft",)
     folds: ClassVar[bool] = False
     additive: ClassVar[bool] = False
     packs: ClassVar[bool] = False

@@ -173,6 +173,12 @@ def _config_problem(path: Path) -> str:
     return "" if isinstance(config, dict) and config.get("model_type") else 'the key "model_type" is missing'
 
 
+def is_in_few_bits(spec: ModelSpec) -> bool:
+    """Whether a checkpoint was itself saved quantised."""
+    config = json.loads((resolve(spec)[0] / "config.json").read_text(encoding="utf-8"))
+    return "quantization_config" in config
+
+
 @functools.lru_cache(maxsize=8)
 def weights_digest(folder: Path) -> str:
     """SHA-256 over the weight files, by name: which base an adapter belongs to."""

@@ -20,12 +20,13 @@ from tunewright.contracts import Batch, Example, Loaded, Method, Record, Task
 from tunewright.data import canaries, inspection, records
 from tunewright.data.batches import Examples, Steps
 from tunewright.data.rows import joined
-from tunewright.engine import distributed
+from tunewright.engine import compiling, distributed, eight_bit, offload
 from tunewright.engine.packing import how_to_pack
 from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
+from tunewright.importing import bring, leave_out
 from tunewright.models.label_logits import find_head
-from tunewright.models.load import resolve
+from tunewright.models.load import is_in_few_bits, resolve
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
 from tunewright.runs.evidence.verdict import visible_sentence
@@ -59,6 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
     general = {}
     faults += _missing_harness(recipe)
     faults += _no_place_for_canaries(recipe, task, data)
+    faults += _not_on_this_machine(recipe)
     if task is not None and data is not None:
         general = _general(recipe, task, data, faults)
         faults += _missing_groups(recipe, data)
@@ -170,6 +172,22 @@ def _missing_harness(recipe: Recipe) -> list[Fault]:
     return found
 
 
+def _not_on_this_machine(recipe: Recipe) -> list[Fault]:
+    """Options of training that need what this machine has not; each says what to do instead."""
+    train, (device, _) = recipe.train, distributed.choose_device()
+    found = []
+    if train.optim == "adamw_8bit" and (why := eight_bit.missing()):
+        remedy = f"{eight_bit.EXTRA}, or leave it out."
+        found.append(Fault(why, "train.optim", got=train.optim, remedy=remedy))
+    if train.activation_offload and (why := offload.useless(device)):
+        remedy = "Leave it out. Where memory is short, train.gradient_checkpointing=true helps on every device."
+        found.append(Fault("cannot help", "train.activation_offload", got=why, remedy=remedy))
+    if train.torch_compile and (why := compiling.missing(device)):
+        remedy = f"{compiling.REMEDY}, or give this machine a C++ compiler (g++ or clang++)."
+        found.append(Fault("nothing can be compiled here", "train.torch_compile", got=why, remedy=remedy))
+    return found
+
+
 def _build(folder: str, choice: Choice, kind: type[Any], faults: list[Fault]) -> Any:
     try:
         return find.build(folder, choice.name, choice.options, kind)
@@ -183,8 +201,16 @@ def _kind(faults: Sequence[Fault]) -> type[UserError]:
     return DataError if all("." in f.where and " " in f.where for f in faults) else UserError
 
 
+def _bring_libraries(recipe: Recipe, method: Method) -> None:
+    """Import what opening the base and applying the method will need, while nothing large is alive."""
+    if not (recipe.model.quantize or recipe.train.optim == "adamw_8bit" or is_in_few_bits(recipe.model)):
+        leave_out("bitsandbytes")  # peft and transformers import it, and a compiler with it, wherever it is installed
+    bring("transformers.modeling_utils", *method.imports)
+
+
 def load(prepared: Prepared) -> tuple[Task, Loaded]:
     """The base in the task's shape, and the task fitted to the training rows."""
+    _bring_libraries(prepared.recipe, prepared.method)
     import torch
 
     from tunewright.data.batches import derive_seed
@@ -192,6 +218,8 @@ def load(prepared: Prepared) -> tuple[Task, Loaded]:
     torch.manual_seed(derive_seed(prepared.recipe.seed, "head"))  # a new head is drawn while loading
     loaded = prepared.task.load(prepared.recipe.model, prepared.data.labels)
     prepared.method.reserve(loaded)
+    if prepared.recipe.train.torch_compile:
+        loaded.notes.append(compiling.what(loaded))
     return prepared.task, loaded
 
 

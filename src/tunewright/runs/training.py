@@ -26,6 +26,7 @@ from tunewright.contracts import Baseline, Callback, Loaded, Method, State, Task
 from tunewright.data.batches import Examples
 from tunewright.engine import callbacks as watching
 from tunewright.engine import distributed, memory
+from tunewright.engine.compiling import Worth, clock_of
 from tunewright.engine.distributed import choose_device, choose_threads, from_first, is_first, peak_memory
 from tunewright.engine.evaluate import overall, predict_rows, score_rows
 from tunewright.engine.fit import Workplace, fit
@@ -157,6 +158,7 @@ def _train(run: RunDir, prepared: checking.Prepared, callbacks: Sequence[Callbac
     began, known = time.perf_counter(), len(loaded.notes)
     log = watching.Log(run, recipe.train.logging_steps, say)
     watchers = [log, watching.Suspicion(say), watching.Progress(quiet), *callbacks]
+    watchers += [Worth(say, clock_of(place.device))] * recipe.train.torch_compile
     watchers = watchers if is_first() else []
     state, model = fit(
         task, method, loaded, steps, recipe.train, run, digest=recipe.digest(), workplace=place,
