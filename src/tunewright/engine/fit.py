@@ -37,6 +37,7 @@ from tunewright.engine.keeping import Keeper
 from tunewright.engine.precision import compute_as_stored, compute_in, precision_as_stored, suit_storage
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
+from tunewright.models.lean_dropout import make_lean_dropouts
 from tunewright.models.lean_norms import make_lean
 from tunewright.models.surgery import channels_last, plain_layout, set_mode
 from tunewright.recipe import TrainSpec
@@ -79,6 +80,7 @@ def fit(
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
     make_lean(model)
+    make_lean_dropouts(model)
     if share()[1] == 1 and (laid_out := channels_last(model, place.device)):
         loaded.notes.append(laid_out)
     precision, why = suit_storage(train.precision, place.precision, model)
