@@ -67,6 +67,16 @@ def test_a_mask_is_read_anew_when_it_changed():
     assert not torch.allclose(small_attention.attend(q, k, v, mask), first)
 
 
+def test_in_inference_mode_too():
+    q, k, v = (tensor.detach() for tensor in given())
+    with torch.inference_mode():
+        mask = padding()
+        assert small_attention.suits(q, k, v, mask, False, 0.0)
+        out = small_attention.attend(q, k, v, mask)
+        wanted = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=5e-6)
+
+
 def test_what_it_does_not_know_it_does_not_take():
     q, k, v = given()
     nothing = padding()

@@ -52,10 +52,15 @@ _last: tuple[weakref.ref[Tensor], int, Tensor | None] | None = None
 def _as_numbers(mask: Tensor) -> Tensor | None:
     """0 where a token may look, -inf elsewhere; None where one may look at nothing. All layers bring the same mask."""
     global _last
+    if mask.is_inference():  # torch does not count its changes
+        return _read(mask)
     if _last is None or _last[0]() is not mask or _last[1] != mask._version:
-        added = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if bool(mask.any(-1).all()) else None
-        _last = (weakref.ref(mask), mask._version, added)
+        _last = (weakref.ref(mask), mask._version, _read(mask))
     return _last[2]
+
+
+def _read(mask: Tensor) -> Tensor | None:
+    return torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if bool(mask.any(-1).all()) else None
 
 
 def _by_head(tensor: Tensor) -> Tensor:
