@@ -23,6 +23,7 @@ from tunewright.engine.distributed import is_first, to_device
 from tunewright.engine.feature_store import FeatureStore
 from tunewright.engine.row_groups import Groups, Lower, content_key, together
 from tunewright.engine.trunk import NOTHING, Trunk
+from tunewright.engine.unpadding import Unpadding
 
 ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the trunk runs every time
 SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
@@ -35,6 +36,7 @@ class TrunkCache:
         self._task, self._loaded, self._steps = task, loaded, steps
         self._device = device
         self._trunk = Trunk(task, loaded, device, precision)
+        self._unpadding = Unpadding(self._trunk, loaded, steps)
         self._kept: dict[bytes, Tensor] = {}
         self._keys: dict[str, bytes] = {}  # by row
 
@@ -62,21 +64,19 @@ class TrunkCache:
         """
         before = bool(self._trunk.below)
         self._kept = {}
+        if training:
+            with _still(model):
+                self._unpadding.ask(model)
         if why := self._why_not(training):
             self._trunk.below = []
             return self._note(before, why if training else NOTHING)
-        modes = [(module, module.training) for module in model.modules()]
         try:
-            model.eval()
-            with torch.no_grad():
+            with _still(model):
                 why = self._fill(model, training)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out(error):
                 raise
             why = "memory does not reach for its activations"
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if why:
             self._trunk.below, self._kept = [], {}
             self._note(before, why if training else NOTHING)
@@ -178,14 +178,26 @@ class TrunkCache:
     @contextlib.contextmanager
     def under(self, batch: Batch) -> Iterator[None]:
         """Inside, the frozen blocks do nothing and the highest of them gives what was kept for these rows."""
-        if not self._trunk.below:
-            yield
-            return
-        with self._trunk.left_out(self._given(batch)):
+        below = self._trunk.below
+        kept = self._trunk.left_out(self._given(batch)) if below else contextlib.nullcontext()
+        with kept, self._unpadding.over(below):
             yield
 
     def _given(self, batch: Batch) -> Tensor:
         return together([self._kept[self._keys[row]] for row in batch["row"]], batch)
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Inside, the model stands in eval mode and keeps nothing for slopes."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _size(tensors: dict[bytes, Tensor]) -> int:

@@ -82,7 +82,7 @@ def _is_plain(
     return small_attention.suits(query, key, value, mask, is_causal, named.get("dropout", 0.0))
 
 
-def _own_sdpa() -> Any:
+def own_sdpa() -> Any:
     """What transformers calls "sdpa" in this process."""
     from transformers import AttentionInterface
 
@@ -129,7 +129,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, None]:
     """(B, T, H, D) from query (B, H, T, D), key and value (B, K, T, D)."""
-    sdpa = _own_sdpa()
+    sdpa = own_sdpa()
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
     if foreign := [name for name in FOREIGN if named.get(name) is not None]:
