@@ -24,6 +24,7 @@ from tunewright.engine.feature_store import FeatureStore
 from tunewright.engine.row_groups import Groups, Lower, content_key, together
 from tunewright.engine.trunk import NOTHING, Trunk
 from tunewright.engine.unpadding import Unpadding
+from tunewright.models.packed_weights import packed
 
 ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the trunk runs every time
 SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
@@ -115,7 +116,9 @@ class TrunkCache:
             return "dropout below what trains is drawn anew in every step"
         if trunk.run(model, few) is None:
             return "its blocks hand on more than one tensor"
-        if why := self._gather(model):
+        with packed(trunk.below):
+            why = self._gather(model)
+        if why:
             return why
         return trunk.bears(model, few, self._given(few))
 
@@ -133,13 +136,14 @@ class TrunkCache:
         missing = {i: key for key, i in wanted.items() if key not in self._kept}
         lower = self._lower(store, missing) if store else Lower()
         made: dict[bytes, Tensor] = {}
-        in_memory = 0
+        size = in_memory = 0
         for rows in itertools.chain(groups.of([*lower.given]), groups.of([i for i in missing if i not in lower.given])):
             values = groups.run(model, self._trunk, rows, lower=lower)
             made |= {names[i]: value for i, value in zip(rows, values, strict=True)}
-            if _size(made) > (SEGMENT if store else ROOM):
+            size += sum(_bytes(value) for value in values)
+            if size > (SEGMENT if store else ROOM):
                 in_memory += self._put_away(store, space, made)
-                made = {}
+                made, size = {}, 0
             if in_memory > ROOM:
                 return f"its activations need more than {ROOM >> 30} GB of memory"
         self._put_away(store, space, made)
