@@ -24,9 +24,9 @@ def packed(modules: Iterable[nn.Module]) -> Iterator[int]:
     """Inside, linear layers in these modules use weights laid out beforehand; gives how many do."""
     ops = torch.ops.mkldnn
     able = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    layers = {layer for module in modules for layer in module.modules() if able and _is_plain(layer)}
+    layers = {layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)} if able else ()
     taken = []
-    for layer in layers:
+    for layer in filter(_is_plain, layers):
         laid_out = ops._reorder_linear_weight(layer.weight.detach(), ROWS)
         if _is_equal(layer, laid_out):
             layer.forward = functools.partial(_forward, layer, laid_out)  # type: ignore[method-assign]
@@ -38,7 +38,7 @@ def packed(modules: Iterable[nn.Module]) -> Iterator[int]:
             del layer.forward
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: nn.Linear) -> bool:
     if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
     weight = layer.weight
