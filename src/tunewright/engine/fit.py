@@ -80,7 +80,8 @@ def fit(
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
     make_lean(model)
-    make_lean_dropouts(model)
+    if quicker := make_lean_dropouts(model):
+        loaded.notes.append(quicker)
     if share()[1] == 1 and (laid_out := channels_last(model, place.device)):
         loaded.notes.append(laid_out)
     precision, why = suit_storage(train.precision, place.precision, model)

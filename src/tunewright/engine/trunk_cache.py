@@ -38,6 +38,7 @@ class TrunkCache:
         self._device = device
         self._trunk = Trunk(task, loaded, device, precision)
         self._unpadding = Unpadding(self._trunk, loaded, steps)
+        self._laid_out = 0  # of its products, how many had their weights laid out beforehand
         self._kept: dict[bytes, Tensor] = {}
         self._keys: dict[str, bytes] = {}  # by row
 
@@ -116,7 +117,7 @@ class TrunkCache:
             return "dropout below what trains is drawn anew in every step"
         if trunk.run(model, few) is None:
             return "its blocks hand on more than one tensor"
-        with packed(trunk.below):
+        with packed(trunk.below) as self._laid_out:
             why = self._gather(model)
         if why:
             return why
@@ -169,6 +170,7 @@ class TrunkCache:
         blocks = f"{len(self._trunk.below)} of {len(self._loaded.layout.blocks)} blocks"
         found = f"; {there} of them were there from earlier runs" if there else ""
         found += f"; {lower} went on from what earlier runs kept further down" if lower else ""
+        found += f"; weights of {self._laid_out} products were laid out beforehand" if self._laid_out else ""
         shared = f"; not shared with other runs: {why}"
         if store:
             shared = "; later runs on this machine find it there, `tunewright cache clear` takes it away"

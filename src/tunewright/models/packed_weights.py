@@ -26,12 +26,12 @@ def packed(modules: Iterable[nn.Module]) -> Iterator[int]:
     able = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
     layers = {layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)} if able else ()
     taken = []
-    for layer in filter(_is_plain, layers):
-        laid_out = ops._reorder_linear_weight(layer.weight.detach(), ROWS)
-        if _is_equal(layer, laid_out):
-            layer.forward = functools.partial(_forward, layer, laid_out)  # type: ignore[method-assign]
-            taken.append(layer)
     try:
+        for layer in filter(_is_plain, layers):
+            laid_out = ops._reorder_linear_weight(layer.weight.detach(), ROWS)
+            if _is_equal(layer, laid_out):
+                layer.forward = functools.partial(_forward, layer, laid_out)  # type: ignore[method-assign]
+                taken.append(layer)
         yield len(taken)
     finally:
         for layer in taken:
