@@ -91,3 +91,10 @@ def test_a_run_says_what_it_does(tiny_recipe, tmp_path, method):
     run = train(tiny_recipe(method=method, train=settings), tmp_path / "a", quiet=True, say=lambda text: None)
     said = run.read_json("data.json")["settings"]
     assert sum("Padded places are left out" in line for line in said) == 1, said
+
+
+def test_a_decoder_is_padded_and_says_why(tiny_recipe, tmp_path):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, "precision": "float32", "packing": False}
+    run = train(tiny_recipe("sft", method="lora", train=settings), tmp_path / "a", quiet=True, say=lambda text: None)
+    said = run.read_json("data.json")["settings"]
+    assert any("Padded places run through every block: its blocks are given more" in line for line in said), said

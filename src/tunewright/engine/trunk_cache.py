@@ -37,7 +37,7 @@ class TrunkCache:
         self._task, self._loaded, self._steps = task, loaded, steps
         self._device = device
         self._trunk = Trunk(task, loaded, device, precision)
-        self._unpadding = Unpadding(self._trunk, loaded, steps)
+        self._unpadding = Unpadding(task, self._trunk, loaded, steps)
         self._laid_out = 0  # of its products, how many had their weights laid out beforehand
         self._kept: dict[bytes, Tensor] = {}
         self._keys: dict[str, bytes] = {}  # by row

@@ -1,7 +1,8 @@
 """Padded places are left out of the blocks that run, where a model bears that: its loss is asked both ways.
 
 Knows blocks by name and order and the loss only as a way to call the model; how tokens are laid end to end is
-models/unpadded.py. Rows that are packed already, and pictures, have no padding: nothing is said of them.
+models/unpadded.py. Rows that are packed already, and pictures, have no padding, and a task that makes its inputs while
+it trains has no loss before: nothing is said of them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from tunewright.contracts import Batch, Loaded
+from tunewright.contracts import Batch, Loaded, Task
 from tunewright.data.batches import Steps
 from tunewright.engine.trunk import FINE, Trunk
 from tunewright.models.unpadded import attend_by_places, unpadded
@@ -23,9 +24,9 @@ LOOKED_AT = 64  # rows of which the shortest and the longest are asked
 class Unpadding:
     """What `ask` found; `over` does nothing where it found a reason against."""
 
-    def __init__(self, trunk: Trunk, loaded: Loaded, steps: Steps) -> None:
+    def __init__(self, task: Task, trunk: Trunk, loaded: Loaded, steps: Steps) -> None:
         """trunk: how the loss is asked."""
-        self._trunk, self._loaded, self._steps = trunk, loaded, steps
+        self._task, self._trunk, self._loaded, self._steps = task, trunk, loaded, steps
         self._blocks: list[nn.Module] = []
         self._asked = False
 
@@ -34,7 +35,7 @@ class Unpadding:
         if self._asked:
             return
         self._asked = True
-        batch = self._uneven()
+        batch = self._uneven() if type(self._task).prepare is Task.prepare else None
         if batch is None:
             return
         names = self._loaded.layout.blocks if self._loaded.layout else ()
