@@ -158,7 +158,7 @@ def test_attention_is_float32_inside_a_bf16_model():
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool])
 def test_a_padding_mask_of_two_axes_is_never_taken_for_documents(kind, monkeypatch):
     handed_on = []
-    monkeypatch.setattr(attention, "_own_sdpa", lambda: lambda module, q, k, v, mask, **named: handed_on.append(mask))
+    monkeypatch.setattr(attention, "own_sdpa", lambda: lambda module, q, k, v, mask, **named: handed_on.append(mask))
     mask, states = torch.ones(2, 3).to(kind), torch.zeros(2, 1, 3, 4)
     attention._attend(torch.nn.Module(), states, states, states, mask)
     assert handed_on[0] is mask

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from tests.test_packing import SHAPES
-from tunewright.models.lean_norms import make_lean
+from tunewright.models.lean_norms import make_lean_norms
 
 
 def model_of(family: str) -> nn.Module:
@@ -28,8 +28,8 @@ def model_of(family: str) -> nn.Module:
 def test_loss_and_every_slope_are_the_models_own(family, count):
     """Gemma's weight is 1 + w, and GPT-2's norms are layer norms: neither is taken for one of these."""
     plain, lean = model_of(family), model_of(family)
-    assert make_lean(lean) == count
-    assert make_lean(lean) == 0
+    assert make_lean_norms(lean) == count
+    assert make_lean_norms(lean) == 0
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
     exact = copy.deepcopy(plain).double()
     for model in (plain, lean, exact):
@@ -49,7 +49,7 @@ def test_slopes_are_those_of_small_differences(size):
     norm = nn.RMSNorm(6, eps=1e-5)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, 6))
-    assert make_lean(norm) == 1
+    assert make_lean_norms(norm) == 1
     x = (size * torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(2))).requires_grad_()
     slope = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(3))
     (norm(x) * slope).sum().backward()
@@ -71,4 +71,4 @@ def test_what_does_something_else_is_left_alone():
             return super().forward(x).to(torch.bfloat16)
 
     layers = nn.Sequential(Doubled(8, eps=1e-6), nn.LayerNorm(8), nn.Linear(8, 8, bias=False), Half(8, eps=1e-6))
-    assert make_lean(layers) == 0
+    assert make_lean_norms(layers) == 0

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.test_lean_norms import model_of
-from tunewright.models.lean_rotary import turn_leanly
+from tunewright.models.lean_rotary import make_lean_turns
 
 
 @pytest.mark.parametrize(("family", "count"), [("llama", 2), ("qwen3", 2), ("gemma3", 2), ("gpt2", 0)])
 def test_loss_and_every_slope_are_the_models_own(family, count):
     plain, lean = model_of(family), model_of(family)
-    assert turn_leanly(lean) == count
-    assert turn_leanly(lean) == 0
+    assert make_lean_turns(lean) == count
+    assert make_lean_turns(lean) == 0
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
     exact = copy.deepcopy(plain).double()
     losses = []
@@ -39,7 +39,7 @@ def test_the_lean_pass_is_taken_in_this_model_alone(monkeypatch):
     taken = []
     turn = rotary._turn
     lean, other = model_of("llama"), model_of("llama")
-    turn_leanly(lean)
+    make_lean_turns(lean)
     monkeypatch.setattr(rotary, "_turn", lambda *given: taken.append(1) or turn(*given))
     ids = torch.arange(3, 9)[None]
     other(ids)

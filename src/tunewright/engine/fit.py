@@ -39,8 +39,7 @@ from tunewright.engine.offload import activations_on_host
 from tunewright.engine.precision import compute_as_stored, compute_in, precision_as_stored, suit_storage
 from tunewright.engine.trunk_cache import TrunkCache
 from tunewright.errors import Fault, TrainError
-from tunewright.models.lean_norms import make_lean
-from tunewright.models.lean_rotary import turn_leanly
+from tunewright.models.lean import make_lean
 from tunewright.models.surgery import channels_last, plain_layout, set_mode
 from tunewright.recipe import TrainSpec
 from tunewright.rundir import RunDir
@@ -81,8 +80,7 @@ def fit(
     torch.manual_seed(derive_seed(seed, "apply"))  # new adapters are drawn here; a resumed run overwrites them
     before = copy.deepcopy(loaded.model) if task.needs_reference and not method.keeps_base else None
     model = method.apply(loaded.model, loaded).to(place.device)
-    make_lean(model)
-    turn_leanly(model)
+    loaded.notes += make_lean(model)
     if share()[1] == 1 and (laid_out := channels_last(model, place.device)):
         loaded.notes.append(laid_out)
     precision, why = suit_storage(train.precision, place.precision, model)
@@ -93,13 +91,9 @@ def fit(
     found, skipped = from_first(lambda: checkpoint.latest(run, digest))
     for sentence in skipped:
         say(sentence)
-    if found is None:
-        trunk = TrunkCache(task, loaded, steps, place.device, precision_as_stored(model))
-        with compute_as_stored(model, place.device), trunk.once_over(model) as batches:
-            solved = method.start(model, task, loaded, batches)
-        if solved:
-            plain_layout(model)
-            return State(stop=solved), model
+    if found is None and (solved := begun(task, method, model, loaded, steps, place)):
+        plain_layout(model)
+        return State(stop=solved), model
 
     rate = train.learning_rate if train.learning_rate is not None else method.recommended()[0]
     warmup = schedules.warmup_count(train.warmup_steps, len(steps))
@@ -195,6 +189,13 @@ def fit(
     for callback in callbacks:
         callback.on_end(state, model)
     return state, model
+
+
+def begun(task: Task, method: Method, model: nn.Module, loaded: Loaded, steps: Steps, place: Workplace) -> str | None:
+    """What the method does with all rows before the first step; why no step is needed, where none is."""
+    trunk = TrunkCache(task, loaded, steps, place.device, precision_as_stored(model))
+    with compute_as_stored(model, place.device), trunk.once_over(model) as batches:
+        return method.start(model, task, loaded, batches)
 
 
 def accumulate(

@@ -32,7 +32,7 @@ class Trunk:
 
     def __init__(self, task: Task, loaded: Loaded, device: torch.device, precision: Precision) -> None:
         self._task, self._loaded = task, loaded
-        self._device, self._precision = device, precision
+        self._device, self.precision = device, precision
         self.below: list[nn.Module] = []
         self._inside: list[nn.Module] = []
         self._called: dict[nn.Module, int] = {}  # how many blocks were done when a module was called first
@@ -89,7 +89,7 @@ class Trunk:
 
     # ------------------------------------------------------------------- running
     def cost(self, model: nn.Module, batch: Batch) -> float:
-        with compute_in(self._precision, self._device):
+        with compute_in(self.precision, self._device):
             loss = self._task.loss(model, to_device(batch, self._device), self._loaded)
         return float(sum(value.float() for value in loss.totals.values()))
 
@@ -121,7 +121,7 @@ class Trunk:
         plain = self.cost(model, batch)
         with self.left_out(given):
             moved = abs(plain - self.cost(model, batch))
-        fine = moved <= FINE[self._precision] * max(abs(plain), 1.0)
+        fine = moved <= FINE[self.precision] * max(abs(plain), 1.0)
         return "" if fine else f"this model bears no kept activations (its loss moved by {moved:.2g})"
 
     @contextlib.contextmanager
@@ -145,7 +145,7 @@ class Trunk:
     def about(self) -> dict[str, Any]:
         """What the trunk is, for people."""
         blocks = f"{len(self.below)} of {len(self._loaded.layout.blocks)}"
-        return {"model": self._loaded.origin.get("checkpoint", ""), "blocks": blocks, "precision": self._precision}
+        return {"model": self._loaded.origin.get("checkpoint", ""), "blocks": blocks, "precision": self.precision}
 
     def fingerprint(self, count: int | None = None) -> str:
         """All that makes two activations of one row the same: weights, place, arithmetic, versions.
@@ -162,7 +162,7 @@ class Trunk:
             "weights": weights, "base": self._loaded.origin.get("sha256", ""),
             "model": type(model).__name__, "settings": _settings(model), "task": type(self._task).__name__,
             "place": names[below[-1]],
-            "precision": self._precision, "device": self._device.type, "processor": _processor(self._device),
+            "precision": self.precision, "device": self._device.type, "processor": _processor(self._device),
             "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

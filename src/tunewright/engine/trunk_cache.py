@@ -23,6 +23,8 @@ from tunewright.engine.distributed import is_first, to_device
 from tunewright.engine.feature_store import FeatureStore
 from tunewright.engine.row_groups import Groups, Lower, content_key, together
 from tunewright.engine.trunk import NOTHING, Trunk
+from tunewright.engine.unpadding import Unpadding
+from tunewright.models.packed_weights import packed
 
 ROOM = 2 << 30  # bytes of activations kept in memory; where they need more, the trunk runs every time
 SEGMENT = 256 << 20  # bytes after which what was computed goes to the disk
@@ -35,6 +37,8 @@ class TrunkCache:
         self._task, self._loaded, self._steps = task, loaded, steps
         self._device = device
         self._trunk = Trunk(task, loaded, device, precision)
+        self._unpadding = Unpadding(task, self._trunk, loaded, steps)
+        self._laid_out = 0  # of its products, how many had their weights laid out beforehand
         self._kept: dict[bytes, Tensor] = {}
         self._keys: dict[str, bytes] = {}  # by row
 
@@ -62,21 +66,19 @@ class TrunkCache:
         """
         before = bool(self._trunk.below)
         self._kept = {}
+        if training:
+            with _still(model):
+                self._unpadding.ask(model)
         if why := self._why_not(training):
             self._trunk.below = []
             return self._note(before, why if training else NOTHING)
-        modes = [(module, module.training) for module in model.modules()]
         try:
-            model.eval()
-            with torch.no_grad():
+            with _still(model):
                 why = self._fill(model, training)
         except (RuntimeError, MemoryError) as error:
             if not memory.is_out(error):
                 raise
             why = "memory does not reach for its activations"
-        finally:
-            for module, mode in modes:
-                module.training = mode
         if why:
             self._trunk.below, self._kept = [], {}
             self._note(before, why if training else NOTHING)
@@ -115,7 +117,9 @@ class TrunkCache:
             return "dropout below what trains is drawn anew in every step"
         if trunk.run(model, few) is None:
             return "its blocks hand on more than one tensor"
-        if why := self._gather(model):
+        with packed(trunk.below) as self._laid_out:
+            why = self._gather(model)
+        if why:
             return why
         return trunk.bears(model, few, self._given(few))
 
@@ -133,13 +137,14 @@ class TrunkCache:
         missing = {i: key for key, i in wanted.items() if key not in self._kept}
         lower = self._lower(store, missing) if store else Lower()
         made: dict[bytes, Tensor] = {}
-        in_memory = 0
+        size = in_memory = 0
         for rows in itertools.chain(groups.of([*lower.given]), groups.of([i for i in missing if i not in lower.given])):
             values = groups.run(model, self._trunk, rows, lower=lower)
             made |= {names[i]: value for i, value in zip(rows, values, strict=True)}
-            if _size(made) > (SEGMENT if store else ROOM):
+            size += sum(_bytes(value) for value in values)
+            if size > (SEGMENT if store else ROOM):
                 in_memory += self._put_away(store, space, made)
-                made = {}
+                made, size = {}, 0
             if in_memory > ROOM:
                 return f"its activations need more than {ROOM >> 30} GB of memory"
         self._put_away(store, space, made)
@@ -165,6 +170,7 @@ class TrunkCache:
         blocks = f"{len(self._trunk.below)} of {len(self._loaded.layout.blocks)} blocks"
         found = f"; {there} of them were there from earlier runs" if there else ""
         found += f"; {lower} went on from what earlier runs kept further down" if lower else ""
+        found += f"; weights of {self._laid_out} products were laid out beforehand" if self._laid_out else ""
         shared = f"; not shared with other runs: {why}"
         if store:
             shared = "; later runs on this machine find it there, `tunewright cache clear` takes it away"
@@ -178,14 +184,26 @@ class TrunkCache:
     @contextlib.contextmanager
     def under(self, batch: Batch) -> Iterator[None]:
         """Inside, the frozen blocks do nothing and the highest of them gives what was kept for these rows."""
-        if not self._trunk.below:
-            yield
-            return
-        with self._trunk.left_out(self._given(batch)):
+        below = self._trunk.below
+        kept = self._trunk.left_out(self._given(batch)) if below else contextlib.nullcontext()
+        with kept, self._unpadding.over(below):
             yield
 
     def _given(self, batch: Batch) -> Tensor:
         return together([self._kept[self._keys[row]] for row in batch["row"]], batch)
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Inside, the model stands in eval mode and keeps nothing for slopes."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _size(tensors: dict[bytes, Tensor]) -> int:

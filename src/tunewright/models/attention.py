@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tunewright.models import small_attention
+
 NAME = "sdpa_by_document"
 KNOWN = ("full_attention", "sliding_attention")  # kinds of layers whose documents may be taken apart
 FOREIGN = ("softcap", "s_aux", "position_bias")  # what the plain function would have to do besides
@@ -55,18 +57,32 @@ def attend_by_plain_products() -> None:
 
 
 def _by_plain_products(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *given: Any, **named: Any
 ) -> tuple[Tensor, None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.device.type == "cpu" and query.dtype == torch.float32 and query[..., 0].numel() * key.shape[2] <= SMALL:
-        with sdpa_kernel(SDPBackend.MATH):
-            return sdpa_attention_forward(module, query, key, value, *given, **named)
-    return sdpa_attention_forward(module, query, key, value, *given, **named)
+    if query.device.type != "cpu" or query.dtype != torch.float32 or query[..., 0].numel() * key.shape[2] > SMALL:
+        return sdpa_attention_forward(module, query, key, value, mask, *given, **named)
+    if not given and _is_plain(module, query, key, value, mask, named):
+        dropout, scale = named.get("dropout", 0.0), named.get("scaling")
+        return small_attention.attend(query, key, value, mask, scale, dropout), None
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa_attention_forward(module, query, key, value, mask, *given, **named)
 
 
-def _own_sdpa() -> Any:
+def _is_plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, named: dict[str, Any]
+) -> bool:
+    """Whether a call asks for nothing but a softmax of masked scores."""
+    if any(named.get(name) is not None for name in (*FOREIGN, "cache")) or named.get("output_attentions"):
+        return False
+    is_causal = named.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return small_attention.suits(query, key, value, mask, is_causal, named.get("dropout", 0.0))
+
+
+def own_sdpa() -> Any:
     """What transformers calls "sdpa" in this process."""
     from transformers import AttentionInterface
 
@@ -113,7 +129,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **named: Any
 ) -> tuple[Tensor, None]:
     """(B, T, H, D) from query (B, H, T, D), key and value (B, K, T, D)."""
-    sdpa = _own_sdpa()
+    sdpa = own_sdpa()
     if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa(module, query, key, value, attention_mask, **named)  # type: ignore[no-any-return]
     if foreign := [name for name in FOREIGN if named.get(name) is not None]:

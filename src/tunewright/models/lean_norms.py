@@ -16,7 +16,7 @@ from torch import Tensor, nn
 EPSILONS = ("variance_epsilon", "eps")
 
 
-def make_lean(model: nn.Module) -> int:
+def make_lean_norms(model: nn.Module) -> int:
     """Give every RMS norm of the model the lean pass; how many there are."""
     found = [module for module in model.modules() if _is_rms_norm(module)]
     for module in found:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 NAME = "apply_rotary_pos_emb"  # what transformers' models call it
 
 
-def turn_leanly(model: nn.Module) -> int:
+def make_lean_turns(model: nn.Module) -> int:
     """Give every module that turns queries and keys that way the lean pass; how many there are."""
     found = 0
     for module in model.modules():

@@ -54,18 +54,35 @@ def set_mode(model: nn.Module, *, dropout: bool = True, train_batch_norm: bool =
     if not dropout:
         model.eval()
     else:
-        _visit(model, True, {p for p in model.parameters() if p.requires_grad})
+        _follow(model, True, _training_parts(model))
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
             module.train(train_batch_norm and any(p.requires_grad for p in module.parameters()))
 
 
-def _visit(module: nn.Module, parent_trains: bool, trainable: set[nn.Parameter]) -> None:
-    parameters = list(module.parameters())
-    trains = any(p in trainable for p in parameters) if parameters else parent_trains
-    module.training = trains
+def _training_parts(model: nn.Module) -> dict[nn.Module, bool]:
+    """Of every module that holds parameters, whether one of them trains. Asked in every step, so each is seen once."""
+    found: dict[nn.Module, bool] = {}
+
+    def visit(module: nn.Module) -> bool | None:
+        if module not in found:
+            own = [p.requires_grad for p in module.parameters(recurse=False)]
+            beneath = [trains for child in module.children() if (trains := visit(child)) is not None]
+            if not own and not beneath:
+                return None
+            found[module] = any(own) or any(beneath)
+        return found[module]
+
+    visit(model)
+    return found
+
+
+def _follow(module: nn.Module, parent_trains: bool, parts: dict[nn.Module, bool]) -> None:
+    trains = parts.get(module, parent_trains)
+    if module.training != trains:
+        module.training = trains
     for child in module.children():
-        _visit(child, trains, trainable)
+        _follow(child, trains, parts)
 
 
 def channels_last(model: nn.Module, device: torch.device) -> str:
