@@ -89,7 +89,7 @@ def measure_gauges(folder: Path, base: str | None, say: Callable[[str], None]) -
     return [name for name in tried if "not_run" not in found[name]]
 
 
-def _training_rows(run: RunDir) -> list[Record]:
+def _training_rows(run: RunDir) -> Sequence[Record]:
     """The rows that the run was trained on, read again: a baseline is made from them, and overlap is looked for."""
     recipe = run.recipe()
     task = task_of(recipe)
