@@ -24,7 +24,7 @@ from tunewright.errors import Fault, RecipeError, TrainError
 
 PLAIN_STEPS = 4  # the first of them warms the machine up and is not counted
 BACKEND = "inductor"
-OPTIONS: dict[str, Any] = {"fallback_random": True}  # dropout draws what the plain pass would draw, not numbers of its own
+OPTIONS: dict[str, Any] = {"fallback_random": True}  # dropout draws what the plain pass would draw
 REMEDY = "Leave train.torch_compile out"
 
 

@@ -30,6 +30,8 @@ from tunewright.models import quantize, vocabulary
 from tunewright.models.layout import layout_of, within
 from tunewright.recipe import ModelSpec
 
+# what opening any checkpoint imports
+LOADING = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto")
 CONNECT_SECONDS = 2.0  # a hub that takes no connection by then is away; transformers alone would try for 24 to 47 s
 HUB_SECONDS = 3.0  # connecting included: with the start of Python the answer comes within five
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.md"]

@@ -26,7 +26,7 @@ from tunewright.engine.precision import suit_storage
 from tunewright.errors import DataError, Fault, ModelError, RecipeError, UserError, nearest
 from tunewright.importing import bring, leave_out
 from tunewright.models.label_logits import find_head
-from tunewright.models.load import is_in_few_bits, resolve
+from tunewright.models.load import LOADING, is_in_few_bits, resolve
 from tunewright.models.surgery import count_parameters
 from tunewright.recipe import Choice, Recipe
 from tunewright.runs.evidence.verdict import visible_sentence
@@ -205,7 +205,7 @@ def _bring_libraries(recipe: Recipe, method: Method) -> None:
     """Import what opening the base and applying the method will need, while nothing large is alive."""
     if not (recipe.model.quantize or recipe.train.optim == "adamw_8bit" or is_in_few_bits(recipe.model)):
         leave_out("bitsandbytes")  # peft and transformers import it, and a compiler with it, wherever it is installed
-    bring("transformers.modeling_utils", *method.imports)
+    bring(*LOADING, *method.imports)
 
 
 def load(prepared: Prepared) -> tuple[Task, Loaded]:

@@ -23,7 +23,7 @@ from tunewright.engine.distributed import choose_device
 from tunewright.engine.evaluate import predict_rows
 from tunewright.errors import DataError, Fault, ModelError, RunError
 from tunewright.importing import bring
-from tunewright.models.load import resolve, weights_digest
+from tunewright.models.load import LOADING, resolve, weights_digest
 from tunewright.recipe import ModelSpec, Recipe
 from tunewright.rundir import RunDir
 
@@ -54,7 +54,7 @@ def open_run(path: str | Path, base: str | None = None) -> Predictor:
         remedy = "Start `tunewright train` again with its recipe: it continues."
         raise RunError(Fault("the run is not finished: model/ is not there", where=str(run.path), remedy=remedy))
     recipe = run.recipe()
-    bring("transformers.modeling_utils", *(() if is_whole(folder) else method_of(recipe).imports))
+    bring(*LOADING, *(() if is_whole(folder) else method_of(recipe).imports))
     task = task_of(recipe)
     if is_whole(folder):
         loaded = task.load(ModelSpec(str(folder)))
