@@ -401,7 +401,8 @@ def test_c46_nothing_is_kept_in_float16_where_a_small_epsilon_would_be_zero(name
     weight.sum().backward()
     optimizer.step()
     assert weight.dtype == torch.float32
-    assert all(t.dtype == torch.float32 for t in optimizers.state_by_name(optimizer).values())
+    kinds = {t.dtype for t in optimizers.state_by_name(optimizer).values()}
+    assert kinds <= {torch.float32, *([torch.int64, torch.uint8] if name == "adamw_8bit" else [])}  # and their count
     assert torch.tensor(1e-8, dtype=torch.float16) == 0
     with pytest.raises(RecipeError, match="precision"):
         Recipe.of({"model": "m", "task": "sft", "data": "d.jsonl", "train": {"precision": "fp16"}})

@@ -21,6 +21,7 @@ from torch import nn
 from tunewright.contracts import Callback, Loaded, State
 from tunewright.engine.memory import first_line
 from tunewright.errors import Fault, RecipeError, TrainError
+from tunewright.models.attention import keep_from_compilers
 
 PLAIN_STEPS = 4  # the first of them warms the machine up and is not counted
 BACKEND = "inductor"
@@ -62,6 +63,7 @@ def compile_blocks(model: nn.Module, loaded: Loaded, asked: bool, step: int) -> 
     """From the step on that comes after the plain ones, blocks are compiled. Called before every step."""
     if not asked or step < PLAIN_STEPS:
         return
+    keep_from_compilers()
     inside = set(model.modules())
     for name in loaded.layout.blocks:
         block = loaded.model.get_submodule(name)

@@ -18,7 +18,10 @@ from tunewright.contracts import Batch, State, Task
 from tunewright.engine.packing import cut_documents, documents_of
 from tunewright.errors import Fault, TrainError
 
-LESS = "Shorter inputs, train.gradient_checkpointing=true, method=lora or a smaller model need less."
+LESS = (
+    "Shorter inputs, train.gradient_checkpointing=true, on a GPU train.activation_offload=true, method=lora or a "
+    "smaller model need less."
+)
 # glibc's mallopt: how many blocks may be maps of their own, what stays at the end of the heap, by how much it grows
 KEEPING = {-4: 0, -1: 1 << 30, -2: 16 << 20}
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "DefaultCPUAllocator")

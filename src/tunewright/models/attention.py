@@ -82,6 +82,20 @@ def _is_plain(
     return small_attention.suits(query, key, value, mask, is_causal, named.get("dropout", 0.0))
 
 
+def keep_from_compilers() -> None:
+    """From now on, in this process, compilers step around our attention: it asks masks what they hold.
+
+    Compiled, it would break into many small graphs, and draw other places to drop than it does by itself.
+    """
+    from transformers import AttentionInterface
+
+    functions = AttentionInterface()
+    for name in ("sdpa", NAME):
+        found = functions.get(name)
+        if getattr(found, "__module__", "").startswith(__package__) and not hasattr(found, "_torchdynamo_disable"):
+            AttentionInterface.register(name, torch.compiler.disable(found))
+
+
 def own_sdpa() -> Any:
     """What transformers calls "sdpa" in this process."""
     from transformers import AttentionInterface
