@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
-from tests.test_lean_norms import model_of
+from tests.test_lean_norms import check_slopes, model_of
 from tunewright.models.lean_rotary import make_lean_turns
 
 
@@ -16,21 +14,7 @@ def test_loss_and_every_slope_are_the_models_own(family, count):
     plain, lean = model_of(family), model_of(family)
     assert make_lean_turns(lean) == count
     assert make_lean_turns(lean) == 0
-    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
-    exact = copy.deepcopy(plain).double()
-    losses = []
-    for model in (plain, lean, exact):
-        losses.append(model(input_ids=ids, labels=ids).loss)
-        losses[-1].backward()
-    assert abs(losses[1] - losses[0]) < 1e-6
-    for name, parameter in exact.named_parameters():
-        far = (lean.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm()
-        own = (plain.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm()
-        assert far <= 4 * own + 1e-6, f"{name}: as near to float64 as the model's own"
-    with torch.no_grad():
-        assert torch.equal(plain(ids).logits, lean(ids).logits)
-    assert {type(m).__name__ for m in plain.modules()} == {type(m).__name__ for m in lean.modules()}
-    assert copy.deepcopy(lean)(ids).logits.requires_grad
+    check_slopes(plain, lean)
 
 
 def test_the_lean_pass_is_taken_in_this_model_alone(monkeypatch):
