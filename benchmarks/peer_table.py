@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_ceilings import flops_of
-from peer_works import BESIDE, OURS, REORDERED, SIDES, UNEQUAL, WORKS, Work
+from peer_works import BESIDE, LENT, OURS, REORDERED, SIDES, UNEQUAL, WORKS, Work
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- peers: made by benchmarks/peers.py --table -->", "<!-- peers: end -->"
@@ -61,7 +61,7 @@ class Group:
 
     def best(self, key: str = "cpu_s") -> str | None:
         """The fastest side of another trainer that does the same arithmetic."""
-        peers = [s for s in self.runs if not s.startswith(OURS) and s not in UNEQUAL]
+        peers = [s for s in self.runs if not s.startswith(OURS) and s not in UNEQUAL and LENT not in s]
         return min(peers, key=lambda side: self.middle(side, key), default=None)
 
     def ratios(self, slow: str, quick: str, key: str = "cpu_s") -> list[float]:

@@ -45,6 +45,8 @@ def opened(work: Work, configuration: str, inputs: dict[str, str]) -> Any:
     import torch
     import transformers
 
+    if "lent" in configuration:  # what engine/products.py chooses on a processor of this kind
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     dtype = torch.bfloat16 if "half" in configuration else torch.float32
     words = {} if work.kind == "sft" else {"num_labels": 2, "ignore_mismatched_sizes": True}
     place = inputs.get("local", inputs["model"])

@@ -25,6 +25,8 @@ SIDES = {
     "trainer-flat": "Trainer, `DataCollatorWithFlattening`: no padding",
     "trainer-flat-half": "Trainer, no padding, frozen weights stored in bf16",
     "trainer-still": "Trainer, batch norm kept in eval mode, as ours keeps it",
+    "trainer-flat-lent": "Trainer, no padding, and our choice of float32 products lent to it: a line of torch's",
+    "trainer-grouped-lent": "Trainer, group_by_length, and our choice of float32 products lent to it",
     "trl": "TRL SFTTrainer, no gradient checkpointing, padded",
     "trl-grouped": "TRL, no gradient checkpointing, group_by_length",
     "trl-free": "TRL, no gradient checkpointing, `padding_free=True`",
@@ -45,6 +47,7 @@ SIDES = {
 }
 # Not the same arithmetic: published, and never the peer to beat
 UNEQUAL = ("trl-defaults", "trl-packing")
+LENT = "lent"  # a peer with something of ours that it does not choose by itself: shown, and never the peer to beat
 REORDERED = ("grouped", "packing", "defaults")  # words of sides whose steps hold other rows than ours
 
 
@@ -82,14 +85,15 @@ BUSY = tuple(f"{who}-{where}" for where in ("alone", *BESIDE) for who in (OURS, 
 
 
 def _sft(base: str, rows: int, target: float, bf16: float) -> list[Work]:
-    fp32 = Work(f"sft-lora-{base}", "sft", base, "lora", (*PADDED, "trainer-flat", *TRL), rows, 2e-4, target)
+    flat = ("trainer-flat", "trainer-flat-lent")
+    fp32 = Work(f"sft-lora-{base}", "sft", base, "lora", (*PADDED, *flat, *TRL), rows, 2e-4, target)
     half = ("tunewright-half", "trainer-grouped-half", "trainer-flat-half", "trl-free-half")
     sides = (*PADDED, "trainer-flat", *TRL, *half)
     return [fp32, Work(f"{fp32.name}-bf16", "sft", base, "lora", sides, rows, 2e-4, bf16, "bf16", memory=0.4)]
 
 
 def _texts(method: str, rate: float, target: float, epochs: int = 3) -> Work:
-    sides = (*HEAD, "trainer-grouped") if method == "head" else PADDED
+    sides = (*(HEAD if method == "head" else (OURS, "trainer")), "trainer-grouped", "trainer-grouped-lent")
     name = f"cls-{method}" + ("-10" if epochs == 10 else "")
     return Work(name, "cls", "minilm", method, sides, 2000, rate, target, batch=16, epochs=epochs)
 
