@@ -20,7 +20,6 @@ from tunewright.data.packed_examples import packed, unpacked
 from tunewright.data.spool import Spool
 
 WINDOW = 50  # steps within which rows of like length come together, at most a quarter of a pass (as in transformers)
-SLACK = 1.5  # a micro-batch may hold so many times the tokens of `batch_size` rows of mean length
 MEMORY = 2 << 30  # bytes of encoded examples kept in memory; beyond that they are encoded again when needed
 OVERHEAD = 1000  # bytes that an example costs beside its numbers (measured: 1.1 kB for 15 tokens)
 MANY = 10_000  # from here on small examples are kept in a file
@@ -94,8 +93,8 @@ class Steps(Sequence[list[Batch]]):
         """share: (rank, size): of every step only each size-th micro-batch is made here, which may be none.
 
         lengths: of every example, where rows of like length shall share a step, so that less is padded.
-        tokens: of every example, where a step may be cut so that no micro-batch is much larger than the others.
-        most: tokens of a micro-batch at most, where that is less; a row that is longer by itself stays whole.
+        tokens: of every example, where a step may be cut so that no micro-batch holds more than `most` of them; a row
+        that is longer by itself stays whole.
         """
         self.examples, self._collate, self._augment = examples, collate, augment
         self._seed, self.batch_size, self._rows = seed, batch_size, batch_size * accumulation * share[1]
@@ -104,10 +103,7 @@ class Steps(Sequence[list[Batch]]):
         self._total = max_steps or max(1, round(epochs * self.per_epoch))
         self._lengths = None if lengths is None else np.asarray(lengths)
         self._tokens = None if tokens is None else np.asarray(tokens)
-        self.most = None
-        if self._tokens is not None:
-            even = math.ceil(SLACK * batch_size * float(self._tokens.mean()))
-            self.most = even if most is None else min(even, most)
+        self.most = None if self._tokens is None else most
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:

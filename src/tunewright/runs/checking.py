@@ -32,6 +32,7 @@ from tunewright.recipe import Choice, Recipe
 from tunewright.runs.evidence.verdict import visible_sentence
 
 PROCESSOR_MOST = 1024  # tokens: a processor multiplies 256 rows as fast as more (docs/performance.md), in less memory
+FEW = 4096  # tokens: elsewhere smaller micro-batches are not cut
 MANY_ROWS = 5000  # from here on encoding them takes long enough to show how far it is
 
 
@@ -238,7 +239,7 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
         loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
     steps = Steps(
         examples, collate, task.augment, lengths=sizes if padded else None, tokens=sizes,
-        most=PROCESSOR_MOST if distributed.choose_device()[0].type == "cpu" else None,
+        most=None if sizes is None else _most(sizes, train.per_device_train_batch_size),
         seed=prepared.recipe.seed, batch_size=train.per_device_train_batch_size,
         accumulation=train.gradient_accumulation_steps, epochs=train.num_train_epochs, max_steps=train.max_steps,
         share=distributed.share(),
@@ -249,6 +250,13 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
             "memory than the others; what a step learns from stays the same."
         )
     return steps
+
+
+def _most(sizes: np.ndarray, rows: int) -> int:
+    """Tokens of a micro-batch at most: few on a processor; else half as many again as rows of mean length hold."""
+    if distributed.choose_device()[0].type == "cpu":
+        return PROCESSOR_MOST
+    return max(FEW, round(1.5 * rows * float(np.mean(sizes))))
 
 
 def _sizes(examples: Sequence[Example]) -> np.ndarray | None:
