@@ -18,31 +18,40 @@ def padding(keys=7):
     return (torch.arange(keys) < torch.tensor([[keys], [4], [1]]))[:, None, None].expand(3, 1, 5, keys).clone()
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("looks", ["everywhere", "where no padding is", "back"])
 @pytest.mark.parametrize("scale", [None, 0.2])
-def test_it_is_torchs_attention_with_its_gradients(masked, scale):
-    mask = padding() if masked else None
+def test_it_is_torchs_attention_with_its_gradients(looks, scale):
+    mask, causal = padding() if looks == "where no padding is" else None, looks == "back"
     found = []
     for ours in (False, True):
-        q, k, v = given()
+        q, k, v = given(keys=5 if causal else 7)
         if ours:
-            assert small_attention.suits(q, k, v, mask, False, 0.0)
-            out = small_attention.attend(q, k, v, mask, scale)
+            assert small_attention.suits(q, k, v, mask, causal, 0.0)
+            out = small_attention.attend(q, k, v, mask, causal, scale)
             assert out.is_contiguous()
         else:
-            out = scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2)
+            out = scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal).transpose(1, 2)
         by = torch.autograd.grad((out * torch.linspace(-1, 1, 8)).square().sum(), (q, k, v))
         with torch.no_grad():
-            still = small_attention.attend(q, k, v, mask, scale) if ours else out
+            still = small_attention.attend(q, k, v, mask, causal, scale) if ours else out
         found.append([out.detach(), still.detach(), *by])
     for wanted, got in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=5e-6)
 
 
+@pytest.mark.parametrize("length", [1, 512, 513])
+def test_looking_back_at_any_length(length):
+    rng = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 1, length, 2, generator=rng) for _ in range(3))
+    out = small_attention.attend(q, k, v, None, True)
+    wanted = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=5e-6)
+
+
 def test_with_dropout_it_is_the_formula_with_the_places_that_were_drawn():
     q, k, v = given()
     torch.manual_seed(3)
-    out = small_attention.attend(q, k, v, padding(), dropout=0.4)
+    out = small_attention.attend(q, k, v, padding(), False, dropout=0.4)
     torch.manual_seed(3)
     kept = lean_dropout.kept(torch.Size((12, 5, 7)), 0.4).view(3, 4, 5, 7)
     scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~padding(), -torch.inf)
@@ -53,18 +62,18 @@ def test_with_dropout_it_is_the_formula_with_the_places_that_were_drawn():
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=5e-6)
     torch.manual_seed(3)
     with torch.no_grad():
-        torch.testing.assert_close(small_attention.attend(q, k, v, padding(), dropout=0.4), out)
+        torch.testing.assert_close(small_attention.attend(q, k, v, padding(), False, dropout=0.4), out)
 
 
 def test_a_mask_is_read_anew_when_it_changed():
     q, k, v = given()
     mask = padding()
-    first = small_attention.attend(q, k, v, mask)
+    first = small_attention.attend(q, k, v, mask, False)
     mask[1, :, :, 3] = False
     torch.testing.assert_close(
-        small_attention.attend(q, k, v, mask), scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        small_attention.attend(q, k, v, mask, False), scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     )
-    assert not torch.allclose(small_attention.attend(q, k, v, mask), first)
+    assert not torch.allclose(small_attention.attend(q, k, v, mask, False), first)
 
 
 def test_in_inference_mode_too():
@@ -72,7 +81,7 @@ def test_in_inference_mode_too():
     with torch.inference_mode():
         mask = padding()
         assert small_attention.suits(q, k, v, mask, False, 0.0)
-        out = small_attention.attend(q, k, v, mask)
+        out = small_attention.attend(q, k, v, mask, False)
         wanted = scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=5e-6)
 
@@ -90,12 +99,8 @@ def test_what_it_does_not_know_it_does_not_take():
         assert not small_attention.suits(q, k, v, None, False, 0.0)
 
 
-class Layer(torch.nn.Module):
-    is_causal = False
-
-
 @pytest.mark.parametrize("more", [{"softcap": 1.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}])
 def test_calls_that_ask_for_more_go_the_plain_way(more):
     q, k, v = given()
-    assert attention._is_plain(Layer(), q, k, v, None, {"scaling": 0.3, "dropout": 0.1})
-    assert not attention._is_plain(Layer(), q, k, v, None, {"scaling": 0.3, **more})
+    assert attention._is_plain(q, k, v, None, False, {"scaling": 0.3, "dropout": 0.1})
+    assert not attention._is_plain(q, k, v, None, False, {"scaling": 0.3, **more})

@@ -64,21 +64,21 @@ def _by_plain_products(
 
     if query.device.type != "cpu" or query.dtype != torch.float32 or query[..., 0].numel() * key.shape[2] > SMALL:
         return sdpa_attention_forward(module, query, key, value, mask, *given, **named)
-    if not given and _is_plain(module, query, key, value, mask, named):
+    is_causal = named.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not given and _is_plain(query, key, value, mask, is_causal, named):
         dropout, scale = named.get("dropout", 0.0), named.get("scaling")
-        return small_attention.attend(query, key, value, mask, scale, dropout), None
+        return small_attention.attend(query, key, value, mask, is_causal, scale, dropout), None
     with sdpa_kernel(SDPBackend.MATH):
         return sdpa_attention_forward(module, query, key, value, mask, *given, **named)
 
 
 def _is_plain(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, named: dict[str, Any]
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, named: dict[str, Any]
 ) -> bool:
     """Whether a call asks for nothing but a softmax of masked scores."""
     if any(named.get(name) is not None for name in (*FOREIGN, "cache")) or named.get("output_attentions"):
         return False
-    is_causal = named.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     return small_attention.suits(query, key, value, mask, is_causal, named.get("dropout", 0.0))
 
 

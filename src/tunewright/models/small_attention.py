@@ -3,12 +3,13 @@
 The plain way turns a mask into numbers in every layer, looks in every layer for tokens that may look at nothing, and
 scales queries and keys apart. Here a mask is read once for all layers, the scale is part of the product, and the
 backward pass finds the probabilities and nothing else of their size but what dropout kept. Float32 on a CPU, as many
-heads of keys as of queries, a mask of yes and no or none. Does not know causal shortcuts, biases and windows: who calls
-asks `suits` first, and goes the plain way elsewhere.
+heads of keys as of queries, a mask of yes and no, or none, looking back alone or everywhere. Does not know biases and
+windows: who calls asks `suits` first, and goes the plain way elsewhere.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tunewright.models import lean_dropout
+
+BLOCK = 512  # tokens: so many lengths share the numbers of who looks ahead
 
 
 def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> bool:
@@ -27,16 +30,21 @@ def suits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
     if value.shape != key.shape or (dropout and not lean_dropout.suits(query, dropout)):
         return False
     if mask is None:
-        return not is_causal or query.shape[2] == 1
+        return not is_causal or query.shape[2] in (1, key.shape[2])
     return mask.dtype == torch.bool and mask.ndim == 4 and _as_numbers(mask) is not None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None, dropout: float = 0.0
-) -> Tensor:
-    """(B, T, H, D), contiguous. Only where `suits` said so."""
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """(B, T, H, D), contiguous. Only where `suits` said so; is_causal counts where there is no mask."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    added = None if mask is None else _as_numbers(mask)
+    length = query.shape[2]
+    if mask is None:
+        added = _backwards(-(-length // BLOCK) * BLOCK)[..., :length, :length] if is_causal and length > 1 else None
+    else:
+        added = _as_numbers(mask)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return _Attention.apply(query, key, value, added, scale, dropout)  # type: ignore[no-any-return,no-untyped-call]
     q, k, v = (_by_head(tensor) for tensor in (query, key, value))
@@ -57,6 +65,12 @@ def _as_numbers(mask: Tensor) -> Tensor | None:
     if _last is None or _last[0]() is not mask or _last[1] != mask._version:
         _last = (weakref.ref(mask), mask._version, _read(mask))
     return _last[2]
+
+
+@functools.lru_cache(maxsize=4)
+def _backwards(length: int) -> Tensor:
+    """(1, 1, length, length): 0 where a token looks back or at itself, -inf ahead."""
+    return torch.full((1, 1, length, length), -torch.inf).triu_(1)
 
 
 def _read(mask: Tensor) -> Tensor | None:
