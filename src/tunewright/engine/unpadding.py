@@ -61,6 +61,8 @@ class Unpadding:
     def _why_not(self, model: nn.Module, blocks: list[nn.Module], batch: Batch) -> str:
         if not blocks:
             return "it has no blocks"
+        if next(model.parameters()).device.type != "cpu":
+            return "asking each batch for its places would make a GPU wait, and was measured on processors alone"
         if any(getattr(block, "gradient_checkpointing", False) for block in blocks):
             return "blocks are computed again in the backward pass"
         attend_by_places()
