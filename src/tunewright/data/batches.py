@@ -30,7 +30,7 @@ class Examples(Sequence[Example]):
 
     def __init__(self, records: Sequence[Record], encode: Callable[[Record], Example], memory: int = MEMORY) -> None:
         self.records = records
-        self.why = ""  # why they are encoded again whenever they are needed
+        self.why = ""  # why they are in memory, though there are many
         self._encode = encode
         self._kept: dict[int, Example] = {}
         self._room = memory
@@ -51,8 +51,7 @@ class Examples(Sequence[Example]):
         if self._spool is not None and self._places[index] >= 0:
             return unpacked(self._spool[self._places[index]])
         example = self._encode(self.records[index])
-        if len(self.records) > MANY and (held := packed(example)):
-            self._put(index, held)
+        if self._spool is not None and (held := packed(example)) and self._is_put(index, held):
             return example
         size = OVERHEAD + sum(v.numel() * v.element_size() for v in example.values() if isinstance(v, Tensor))
         if size <= self._room:
@@ -60,15 +59,16 @@ class Examples(Sequence[Example]):
             self._room -= size
         return example
 
-    def _put(self, index: int, held: bytes) -> None:
-        if self._spool is None:
-            return
+    def _is_put(self, index: int, held: bytes) -> bool:
+        """Written to the file; where it takes no more, memory keeps them from now on."""
+        assert self._spool is not None
         try:
             self._places[index] = len(self._spool)
             self._spool.append(held)
         except OSError as error:
             self.why = f"the file for them cannot be written ({error.strerror})"
             self._spool = None
+        return self._spool is not None
 
 
 class Steps(Sequence[list[Batch]]):

@@ -234,7 +234,7 @@ def planned_steps(prepared: Prepared, task: Task, loaded: Loaded) -> Steps:
     sizes = None if task.couples_rows else _sizes(examples)
     padded = collate == task.collate
     if examples.why:
-        loaded.notes.append(f"Training rows are encoded again whenever they are needed: {examples.why}.")
+        loaded.notes.append(f"Encoded training rows are kept in memory, up to 2 GB: {examples.why}.")
     if sizes is not None and padded:
         loaded.notes.append("Rows of like length share a step, so that less is padded; steps come in random order.")
     steps = Steps(
